@@ -1,0 +1,172 @@
+"""Deterministic CBOR (RFC 8949 section 4.2.1) and COSE_Sign1 (RFC 9052 section 4.2) values.
+
+Rules of the house:
+1. A value on the wire is a msgspec Struct with `array_like=True`: a CBOR array in fixed field order. Maps occur
+   only inside operation bodies and only with text keys, where length-first (RFC 7049) order, which cbor2 writes,
+   is made unique by comparing a re-encoding.
+2. Decoding is strict: one item, no trailing bytes, definite lengths, no duplicate keys, bounded depth, no tags but
+   COSE_Sign1's, and re-encoding must give the same bytes. So a value has exactly one encoding.
+3. Signed bytes are kept beside the parsed value and never re-encoded to be checked or hashed.
+4. A signature holds in one context, network and epoch only: they are in `external_aad`.
+5. One signature rule for the whole network: libsodium's strict check (canonical S, small-order points refused).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Any, NewType, TypeVar
+
+import cbor2
+import msgspec
+from nacl import bindings
+from nacl.exceptions import BadSignatureError
+
+from formation.core.errors import DecodeError
+from formation.core.ids import NetworkId
+
+T = TypeVar("T")
+
+Hash = NewType("Hash", bytes)
+HASH_SIZE_BYTES = 32
+SIGNATURE_SIZE_BYTES = 64
+# Our deepest value (an event body with a list of port maps) nests 6 deep; a decoder need not follow anyone further.
+DEPTH_MAX = 16
+
+_COSE_SIGN1_TAG = 18
+# {1: -8}: alg = EdDSA (RFC 9053 section 2.2)
+_PROTECTED = bytes.fromhex("a10127")
+_NATIVE = (bytes,)
+
+
+class Context(StrEnum):
+    """What a signature is for (design/state section 2): void in any other."""
+
+    BLOCK = "block"
+    ACK = "ack"
+    INTENT = "intent"
+    MANIFEST = "manifest"
+    PRESENCE = "presence"
+    IMAGE = "image"
+
+
+Verify = Callable[[bytes, bytes, bytes], bool]
+"""(32-byte public key, message, 64-byte signature) -> holds. Injected, so that simulators may use cheaper keys."""
+
+Sign = Callable[[bytes], bytes]
+"""Message -> 64-byte signature."""
+
+
+def sha256(data: bytes) -> Hash:
+    """32-byte SHA-256."""
+    return Hash(hashlib.sha256(data).digest())
+
+
+def encode(value: Any) -> bytes:
+    """The deterministic CBOR of a Struct or of plain values."""
+    return cbor2.dumps(msgspec.to_builtins(value, builtin_types=_NATIVE), canonical=True)
+
+
+def decode(data: bytes, as_type: type[T], *, what: str = "") -> T:
+    """The value in `data`, strictly.
+
+    Raises:
+      DecodeError: not CBOR, not deterministic, trailing bytes, or not of that type; names the field.
+    """
+    name = what or as_type.__name__
+    plain = _decode_plain(data, name)
+    try:
+        value = msgspec.convert(plain, as_type, builtin_types=_NATIVE)
+    except msgspec.ValidationError as exc:
+        raise DecodeError(f"{name}: {exc}") from exc
+    # Catches trailing bytes, longer integer forms, unsorted keys and floats with a shorter form at once.
+    if encode(value) != data:
+        raise DecodeError(f"{name}: not in deterministic form")
+    return value
+
+
+def _decode_plain(data: bytes, name: str) -> Any:
+    def refuse_tag(*_: object) -> Any:
+        raise DecodeError(f"{name}: CBOR tags are not allowed here")
+
+    try:
+        return cbor2.loads(
+            data,
+            tag_hook=refuse_tag,
+            max_depth=DEPTH_MAX,
+            allow_indefinite=False,
+            allow_duplicate_keys=False,
+            strict_hashable_types=True,
+        )
+    except DecodeError:
+        raise
+    # cbor2 raises its own tree, and ValueError/OverflowError/UnicodeError for some crafted items.
+    except (cbor2.CBORError, ValueError, TypeError, OverflowError, MemoryError, RecursionError) as exc:
+        raise DecodeError(f"{name}: not CBOR: {exc}") from exc
+
+
+class Signed(msgspec.Struct, frozen=True, gc=False):
+    """A parsed COSE_Sign1 whose signature has not been checked yet."""
+
+    payload: bytes
+    """CBOR of the value that was signed."""
+    signature: bytes
+    """64 bytes."""
+    raw: bytes
+    """The bytes received."""
+
+
+def parse_signed(raw: bytes) -> Signed:
+    """Take a COSE_Sign1 apart without checking its signature.
+
+    Raises:
+      DecodeError: not a COSE_Sign1 with EdDSA in exactly our form.
+    """
+    try:
+        item = cbor2.loads(raw, max_depth=4, allow_indefinite=False, allow_duplicate_keys=False)
+    except (cbor2.CBORError, ValueError, TypeError, OverflowError, MemoryError, RecursionError) as exc:
+        raise DecodeError(f"signed value: not CBOR: {exc}") from exc
+    match item:
+        case cbor2.CBORTag(tag=18, value=[bytes(protected), {**unprotected}, bytes(payload), bytes(signature)]) if (
+            protected == _PROTECTED and not unprotected and len(signature) == SIGNATURE_SIZE_BYTES
+        ):
+            if _assemble(payload, signature) != raw:
+                raise DecodeError("signed value: not in deterministic form")
+            return Signed(payload, signature, raw)
+    raise DecodeError("signed value: not a COSE_Sign1 with EdDSA")
+
+
+def signed_bytes(context: Context, *, network_id: NetworkId, payload: bytes, epoch: int | None = None) -> bytes:
+    """The Sig_structure (RFC 9052 section 4.4) that the signature covers."""
+    aad = cbor2.dumps([context.value, network_id] if epoch is None else [context.value, network_id, epoch])
+    return cbor2.dumps(["Signature1", _PROTECTED, aad, payload])
+
+
+def sign_value(sign: Sign, context: Context, *, network_id: NetworkId, payload: bytes, epoch: int | None = None) -> Signed:
+    """A COSE_Sign1 over a payload that is CBOR already."""
+    signature = sign(signed_bytes(context, network_id=network_id, payload=payload, epoch=epoch))
+    return Signed(payload, signature, _assemble(payload, signature))
+
+
+def signature_holds(
+    verify: Verify, public_key: bytes, signed: Signed, context: Context, *, network_id: NetworkId, epoch: int | None = None
+) -> bool:
+    """Whether this key signed this value in this context, network and epoch."""
+    message = signed_bytes(context, network_id=network_id, payload=signed.payload, epoch=epoch)
+    return verify(public_key, message, signed.signature)
+
+
+def verify_ed25519(public_key: bytes, message: bytes, signature: bytes) -> bool:
+    """Strict Ed25519 check by libsodium; False for malformed keys and signatures too."""
+    if len(public_key) != 32 or len(signature) != SIGNATURE_SIZE_BYTES:
+        return False
+    try:
+        bindings.crypto_sign_open(signature + message, public_key)
+    except (BadSignatureError, ValueError, TypeError):
+        return False
+    return True
+
+
+def _assemble(payload: bytes, signature: bytes) -> bytes:
+    return cbor2.dumps(cbor2.CBORTag(_COSE_SIGN1_TAG, [_PROTECTED, {}, payload, signature]))

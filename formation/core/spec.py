@@ -1,0 +1,198 @@
+"""Desired and observed state, as people and rooms exchange it.
+
+Desired (`VmSpec`) is written by the owner, observed (`VmStatus`) by the node that holds the placement. The two never
+share a field.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+import msgspec
+
+from formation.core.errors import UsageError
+from formation.core.ids import check_digest, check_label
+
+VCPUS_MAX = 128
+MEMORY_MIB_MIN = 128
+MEMORY_MIB_MAX = 256_000
+DISK_GIB_MAX = 65_535
+# Environment of one service: enough for any 12-factor program, small enough for a record that every node keeps.
+ENV_COUNT_MAX = 128
+ENV_SIZE_MAX_BYTES = 16 * 1024
+PUBLISH_COUNT_MAX = 64
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Transport = Literal["tcp", "udp"]
+
+
+class VmPhase(StrEnum):
+    """Where a VM is in its life (ux 6.3)."""
+
+    PENDING = "pending"
+    PLACING = "placing"
+    FETCHING = "fetching"
+    ATTACHING = "attaching"
+    BOOTING = "booting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    DELETING = "deleting"
+    GONE = "gone"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+
+
+class Desired(StrEnum):
+    """What the owner wants a VM to be."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+
+
+class PortMap(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """A guest port published on the node's own address; array of three."""
+
+    guest_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    transport: Transport
+    host_port: Port
+    """0 in a spec: any free port. In a status: the port that was taken."""
+
+
+class Resources(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a VM needs, or a node has."""
+
+    vcpus: int
+    memory_mib: int
+    disk_gib: int
+
+
+class VmSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the owner wants."""
+
+    name: str
+    """DNS label, unique within the account."""
+    image: str
+    """Digest of the image's manifest: a rebuild never changes a VM that exists."""
+    image_name: str
+    """The name it was asked for by, for people."""
+    vcpus: Annotated[int, msgspec.Meta(ge=1, le=VCPUS_MAX)]
+    memory_mib: Annotated[int, msgspec.Meta(ge=MEMORY_MIB_MIN, le=MEMORY_MIB_MAX)]
+    disk_gib: Annotated[int, msgspec.Meta(ge=1, le=DISK_GIB_MAX)]
+    publish: tuple[PortMap, ...] = ()
+    env: dict[str, str] = {}
+    desired: Desired = Desired.RUNNING
+    generation: int = 0
+    """Raised by each start and stop, so that `start` after a failure is a new wish."""
+
+    @property
+    def resources(self) -> Resources:
+        """What it takes from a node."""
+        return Resources(vcpus=self.vcpus, memory_mib=self.memory_mib, disk_gib=self.disk_gib)
+
+
+class VmStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the node that holds the placement last said."""
+
+    phase: VmPhase
+    reason: str = ""
+    """Why it is in this phase, where that needs saying; always for `failed`."""
+    since_ms: int = 0
+    """Milliseconds since the Unix epoch."""
+    generation: int = 0
+    """The spec's generation that this status answers."""
+    address: str = ""
+    """Where the published ports are reached: an address of the node."""
+    ports: tuple[PortMap, ...] = ()
+    boot_ms: int = 0
+    """From the start of the hypervisor to the guest's own word that it is ready."""
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who runs a VM."""
+
+    node_id: str
+    why: str
+    hlc: int
+    """Timestamp of the claim that won."""
+
+
+class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A VM as the replicated state has it."""
+
+    vm_id: str
+    owner: str
+    """AccountId."""
+    trace_id: str
+    created_ms: int
+    spec: VmSpec
+    placement: Placement | None
+    status: VmStatus
+
+
+class NodeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A node as it describes itself."""
+
+    node_id: str
+    name: str
+    addresses: tuple[str, ...]
+    """Multiaddrs where peers reach it."""
+    public_address: str
+    """Host or IP where published ports of its VMs are reached."""
+    capacity: Resources
+    """What it offers to VMs: the host's less the node's reserve."""
+    hypervisor: str
+    """`qemu/kvm`, `qemu/tcg`; empty: runs no VMs."""
+    version: str
+
+
+class ImageRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An image that some node has."""
+
+    digest: str
+    name: str
+    size_bytes: int
+    built_by: str
+    """NodeId."""
+    built_ms: int
+    resources: Resources
+    """Defaults from its Formfile."""
+    expose: tuple[tuple[int, str], ...]
+    """(port, transport) from its Formfile."""
+    holders: tuple[str, ...]
+    """NodeIds that hold all of its blobs."""
+
+
+class AccountRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An account that made itself known."""
+
+    account_id: str
+    label: str
+
+
+def check_vm_spec(spec: VmSpec) -> VmSpec:
+    """The spec, if a node may accept it: the checks that types alone do not make.
+
+    Raises:
+      UsageError: names the field.
+    """
+    check_label(spec.name, what="name")
+    check_digest(spec.image)
+    if len(spec.env) > ENV_COUNT_MAX or sum(len(k) + len(v) for k, v in spec.env.items()) > ENV_SIZE_MAX_BYTES:
+        raise UsageError(
+            f"env: more than {ENV_COUNT_MAX} variables or {ENV_SIZE_MAX_BYTES} bytes",
+            hint="put large settings into the image with COPY",
+        )
+    for key, value in spec.env.items():
+        if not key or "=" in key or "\0" in key + value or "\n" in key + value:
+            raise UsageError(f"env: {key[:40]!r} cannot be an environment variable", hint="write NAME=value on one line")
+    if len(spec.publish) > PUBLISH_COUNT_MAX:
+        raise UsageError(f"publish: more than {PUBLISH_COUNT_MAX} ports", hint="publish fewer")
+    guests = [(p.guest_port, p.transport) for p in spec.publish]
+    if len(set(guests)) != len(guests):
+        raise UsageError("publish: the same guest port twice", hint="publish each guest port once")
+    hosts = [(p.host_port, p.transport) for p in spec.publish if p.host_port]
+    if len(set(hosts)) != len(hosts):
+        raise UsageError("publish: the same host port twice", hint="publish each host port once")
+    return spec

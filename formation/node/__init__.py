@@ -1,0 +1,15 @@
+"""The roof beam: wires the rooms together, offers the HTTP API, carries events up, starts and drains.
+
+| file | does |
+|---|---|
+| settings | the node's settings, typed, and the capacity it offers |
+| identity | the node's key and manifest |
+| telemetry | structured logs |
+| health | who is alive, and since when not |
+| dispatch | events → handlers: the only way anything travels up the house |
+| stream | events → server-sent events |
+| reads | the replicated state as the API's answers |
+| api | HTTP on a unix socket, and on TCP with a token |
+| wiring | builds adapters and services, once |
+| run | nursery tree, start order, drain |
+"""

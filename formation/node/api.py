@@ -1,0 +1,450 @@
+"""The HTTP API `/v1`: JSON, on a unix socket, and on TCP with a token.
+
+Who may: the unix socket has mode 0600, so its peer is this node's operator. Over TCP each request needs
+`Authorization: Bearer …` with the token in the node's data directory; neither `Host` nor `X-Forwarded-For` nor a
+loopback address gives any right. What changes the network is besides an intent signed by an account, which every
+node judges for itself: the API is only the door.
+
+Errors are `{"error": {"code", "message", "hint"}}` with the codes of `core.errors`.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import structlog
+import trio
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from formation.core.clock import NS_PER_MS
+from formation.core.codec import verify_ed25519
+from formation.core.errors import (
+    ConflictError,
+    DecodeError,
+    FormationError,
+    NotFoundError,
+    QuorumError,
+    UnavailableError,
+    UsageError,
+)
+from formation.core.event import ImageBuilt, ImageHeld, VmRequested, event_fields, parse_event
+from formation.core.ids import TraceId, check_label, trace_id_of, vm_id_of
+from formation.core.intent import SignedIntent, check_intent, parse_intent
+from formation.core.spec import VmRecord, VmSpec, check_vm_spec
+from formation.core.units import format_size
+from formation.node.reads import Reads
+from formation.node.stream import KEEP_ALIVE, KEEP_ALIVE_S, Filter, sse_change, sse_gap
+from formation.node.upload import receive_context
+from formation.pack.service import BuildProgress, PackService
+from formation.state.service import Gap, Level, Token
+
+log = structlog.get_logger(__name__)
+
+# One intent with a full environment is below 64 KiB (state: one operation).
+INTENT_SIZE_MAX_BYTES = 64 * 1024
+# A keystroke or a paste; the console is no file transfer.
+CONSOLE_INPUT_SIZE_MAX_BYTES = 64 * 1024
+# Certification takes milliseconds with a quorum; after this long there is none, and the person should know.
+CERTIFY_TIMEOUT_S = 10.0
+# Progress lines wait here while a slow client reads; a full buffer makes the build wait, not memory grow.
+PROGRESS_BUFFER_COUNT = 256
+LOG_TAIL_LINES_MAX = 10_000
+
+_HTTP_STATUS = {
+    "usage": 400,
+    "denied": 403,
+    "not_found": 404,
+    "conflict": 409,
+    "unavailable": 503,
+    "quorum": 503,
+    "host": 500,
+    "failed": 500,
+}
+
+SendBytes = Callable[[bytes], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiParts:
+    """What the API stands on."""
+
+    reads: Reads
+    pack: PackService
+
+
+def make_api(parts: ApiParts) -> Starlette:
+    """The application; the same for unix socket and TCP."""
+    api = _Api(parts)
+    return Starlette(
+        routes=[
+            Route("/v1/status", api.get_status),
+            Route("/v1/nodes", api.get_nodes),
+            Route("/v1/accounts", api.get_accounts),
+            Route("/v1/images", api.get_images),
+            Route("/v1/images/build", api.build_image, methods=["POST"]),
+            Route("/v1/images/{ref:path}", api.get_image),
+            Route("/v1/vms", api.get_vms),
+            Route("/v1/vms/{ref}", api.get_vm),
+            Route("/v1/vms/{ref}/logs", api.get_logs),
+            Route("/v1/vms/{ref}/console", api.get_console),
+            Route("/v1/vms/{ref}/console/input", api.post_console_input, methods=["POST"]),
+            Route("/v1/intents", api.post_intent, methods=["POST"]),
+            Route("/v1/events", api.get_events),
+        ],
+        exception_handlers={
+            FormationError: _formation_error,
+            404: _no_such_route,
+            405: _no_such_route,
+            Exception: _internal_error,
+        },
+    )
+
+
+def error_json(error: FormationError) -> dict[str, Any]:
+    """An error as the API tells it."""
+    return {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
+
+
+class TokenGuard:
+    """ASGI wrapper for TCP: every request carries the token, or gets 403 and nothing else."""
+
+    def __init__(self, app: ASGIApp, *, token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request through, or refuse it."""
+        if scope["type"] == "http" and not self._is_authorised(scope):
+            error = {
+                "error": {"code": "denied", "message": "the API token is missing or wrong", "hint": "set FORMATION_TOKEN_FILE"}
+            }
+            await JSONResponse(error, status_code=403)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_authorised(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+
+
+class _Api:
+    def __init__(self, parts: ApiParts) -> None:
+        self._reads = parts.reads
+        self._state = parts.reads.state
+        self._vmm = parts.reads.vmm
+        self._pack = parts.pack
+        self._builds = trio.CapacityLimiter(1)
+
+    async def get_status(self, _: Request) -> Response:
+        return JSONResponse(self._reads.status())
+
+    async def get_nodes(self, _: Request) -> Response:
+        return JSONResponse([self._reads.node(record) for record in self._state.view.nodes()])
+
+    async def get_accounts(self, _: Request) -> Response:
+        return JSONResponse([{"account_id": a.account_id, "label": a.label} for a in self._state.view.accounts()])
+
+    async def get_images(self, _: Request) -> Response:
+        return JSONResponse([self._reads.image(record) for record in self._state.view.images()])
+
+    async def get_image(self, request: Request) -> Response:
+        return JSONResponse(self._reads.image(self._reads.find_image(request.path_params["ref"])))
+
+    async def get_vms(self, _: Request) -> Response:
+        return JSONResponse([self._reads.vm(record) for record in self._state.view.vms()])
+
+    async def get_vm(self, request: Request) -> Response:
+        return JSONResponse(self._reads.vm(self._reads.find_vm(request.path_params["ref"])))
+
+    async def post_intent(self, request: Request) -> Response:
+        try:
+            wish = parse_intent(await _body(request, INTENT_SIZE_MAX_BYTES))
+        except DecodeError as exc:
+            raise UsageError(f"not an intent: {exc.message}", hint="schemas/core.cddl says what an intent is") from exc
+        # Checked here too, so that a person is told at once what every node would find.
+        now_ms = self._reads.clock.now_ns() // NS_PER_MS
+        check_intent(verify_ed25519, wish, network_id=self._reads.manifest.network_id, now_ms=now_ms)
+        object_id, trace_id = self._check_wish(wish)
+        token = await self._state.append_intent(wish)
+        await self._wait_certified(token)
+        answer = {"object_id": object_id, "trace_id": trace_id, "token": {"lane": token.lane, "seq": token.seq}}
+        return JSONResponse(answer, status_code=202)
+
+    def _check_wish(self, wish: SignedIntent) -> tuple[str, TraceId]:
+        """What every node will judge again, told early; gives the object and the trace."""
+        try:
+            event = parse_event(wish.intent.verb, wish.intent.body)
+        except DecodeError as exc:
+            raise UsageError(exc.message, hint="is the client older or newer than this node?") from exc
+        if not isinstance(event, VmRequested):
+            vm = (
+                self._state.view.vm(wish.intent.object_id, Level.CERTIFIED) if wish.intent.object_id.startswith("vm-") else None
+            )
+            return wish.intent.object_id, TraceId(vm.trace_id) if vm else trace_id_of(wish.digest)
+        vm_id = vm_id_of(wish.digest)
+        spec = check_vm_spec(VmSpec(**_spec_fields(event)))
+        for vm in self._state.view.vms():
+            if vm.owner == wish.account_id and vm.spec.name == spec.name and vm.vm_id != vm_id:
+                raise ConflictError(
+                    f"a VM named {spec.name!r} exists already", hint=f"choose another name, or: formation vm delete {spec.name}"
+                )
+        if self._state.view.image(spec.image) is None:
+            raise NotFoundError(f"no node has image {spec.image[:19]}…", hint="formation image build makes it known")
+        return vm_id, trace_id_of(wish.digest)
+
+    async def _wait_certified(self, token: Token) -> None:
+        with trio.move_on_after(CERTIFY_TIMEOUT_S):
+            await self._state.wait_certified(token)
+            return
+        status = self._state.status()
+        online = sum(voter.online for voter in status.voters)
+        raise QuorumError(
+            f"written here, but only {online} of {len(status.voters)} voters answer and {status.quorum_size} are needed",
+            hint="it takes effect by itself when a quorum is back: formation status",
+        )
+
+    async def build_image(self, request: Request) -> Response:
+        name = request.query_params.get("name", "")
+        if name:
+            check_label(name, what="image name")
+        formfile = request.query_params.get("formfile", "")
+
+        async def job(send: SendBytes) -> None:
+            with TemporaryDirectory(prefix="context-", dir=self._reads.settings.data_dir, ignore_cleanup_errors=True) as folder:
+                context = Path(folder)
+                await receive_context(request.stream(), context)
+                path = context / formfile if formfile else None
+                if path is not None and not path.resolve().is_relative_to(context.resolve()):
+                    raise UsageError("the Formfile lies outside the build context", hint="put it into the context directory")
+                async with self._builds:
+                    await self._build(context, path, name, send)
+
+        return _StreamResponse(partial(_ndjson_job, job), media_type="application/x-ndjson")
+
+    async def _build(self, context: Path, formfile: Path | None, name: str, send: SendBytes) -> None:
+        lines_in, lines_out = trio.open_memory_channel[BuildProgress](PROGRESS_BUFFER_COUNT)
+
+        def progress(step: BuildProgress) -> None:
+            try:
+                lines_in.send_nowait(step)
+            except trio.WouldBlock:
+                # The client reads too slowly: it misses lines of progress, the build does not wait.
+                pass
+
+        async def forward() -> None:
+            async for step in lines_out:
+                await send(_json_line({"step": step.step, "text": step.text}))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(forward)
+            with lines_in:
+                built = await self._pack.build_image(context, formfile_path=formfile, name=name or None, progress=progress)
+        config = built.manifest.config
+        event = ImageBuilt(
+            name=config.name,
+            size_bytes=built.size_bytes,
+            built_by=self._reads.node_id,
+            resources=config.resources,
+            expose=tuple((port, transport) for port, transport in config.expose),
+        )
+        await self._state.append_event(event, built.digest)
+        await self._wait_certified(await self._state.append_event(ImageHeld(), built.digest))
+        record = self._state.view.image(built.digest)
+        assert record is not None
+        text = f"{config.name} {built.digest[:19]} {format_size(built.size_bytes)}"
+        await send(_json_line({"step": "done", "text": text + (" (cached)" if built.cached else "")}))
+        await send(_json_line({"image": self._reads.image(record), "cached": built.cached}))
+
+    async def get_events(self, request: Request) -> Response:
+        query = request.query_params
+        wanted = Filter(topic=query.get("topic", ""), trace_id=query.get("trace", ""), object_id=query.get("object", ""))
+        since_text = query.get("since", "") or request.headers.get("last-event-id", "")
+        if since_text and not since_text.isdigit():
+            raise UsageError(
+                f"since: {since_text[:40]!r} is not a position", hint="a position is the id of an event seen before"
+            )
+        since = int(since_text) if since_text else None
+        follow = query.get("follow", "1") not in ("0", "false")
+
+        async def job(send: SendBytes) -> None:
+            await _send_events(self._reads, send, wanted=wanted, since=since, follow=follow)
+
+        return _StreamResponse(job, media_type="text/event-stream")
+
+    async def get_logs(self, request: Request) -> Response:
+        vm = self._local_vm(request)
+        tail = request.query_params.get("tail", "200")
+        if not tail.isdigit() or int(tail) > LOG_TAIL_LINES_MAX:
+            raise UsageError(
+                f"tail: {tail[:20]!r} is not a count of lines up to {LOG_TAIL_LINES_MAX}", hint="formation vm logs -n 200"
+            )
+        follow = request.query_params.get("follow", "0") in ("1", "true")
+
+        async def job(send: SendBytes) -> None:
+            await send(await self._vmm.read_log(vm.vm_id, int(tail)))
+            if follow:
+                async for chunk in self._vmm.follow_log(vm.vm_id):
+                    await send(chunk)
+
+        return _StreamResponse(job, media_type="text/plain; charset=utf-8")
+
+    async def get_console(self, request: Request) -> Response:
+        vm = self._local_vm(request)
+        console = await self._vmm.open_console(vm.vm_id)
+
+        async def job(send: SendBytes) -> None:
+            try:
+                while chunk := await console.receive_some(4096):
+                    await send(chunk)
+            finally:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                    await console.aclose()
+
+        return _StreamResponse(job, media_type="application/octet-stream")
+
+    async def post_console_input(self, request: Request) -> Response:
+        vm = self._local_vm(request)
+        await self._vmm.write_console(vm.vm_id, await _body(request, CONSOLE_INPUT_SIZE_MAX_BYTES))
+        return Response(status_code=204)
+
+    def _local_vm(self, request: Request) -> VmRecord:
+        vm = self._reads.find_vm(request.path_params["ref"])
+        if vm.placement is None:
+            raise ConflictError(f"{vm.spec.name} has not been placed on a node yet", hint=f"formation vm show {vm.spec.name}")
+        if vm.placement.node_id != self._reads.node_id:
+            name = self._reads.node_name(vm.placement.node_id)
+            raise UnavailableError(
+                f"{vm.spec.name} runs on node {name}, not on this one ({self._reads.settings.name})",
+                hint=f"ask that node: formation --host SOCKET_OF_{name.upper().replace('-', '_')} …",
+            )
+        return vm
+
+
+async def _send_events(reads: Reads, send: SendBytes, *, wanted: Filter, since: int | None, follow: bool) -> None:
+    async def keep_alive() -> None:
+        while True:
+            await trio.sleep(KEEP_ALIVE_S)
+            await send(KEEP_ALIVE)
+
+    async with trio.open_nursery() as nursery:
+        if follow:
+            nursery.start_soon(keep_alive)
+        # Without `follow`, the feed ends at the newest change there is now.
+        end = None if follow else reads.state.newest_position()
+        if end is None or (since if since is not None else end) < end:
+            async for item in reads.state.changes(since=since):
+                if isinstance(item, Gap):
+                    await send(sse_gap(item))
+                elif wanted.passes(item):
+                    await send(sse_change(item))
+                if end is not None and item.position >= end:
+                    break
+        nursery.cancel_scope.cancel()
+
+
+def _spec_fields(event: VmRequested) -> dict[str, Any]:
+    # The event's values with their types, not the plain ones of the wire.
+    return {name: getattr(event, name) for name in event_fields(event)}
+
+
+def _json_line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+async def _ndjson_job(job: Callable[[SendBytes], Awaitable[None]], send: SendBytes) -> None:
+    """Run a job whose failure is its last line: the status line has long been sent."""
+    try:
+        await job(send)
+    except (FormationError, BaseExceptionGroup) as exc:
+        error = exc if isinstance(exc, FormationError) else only_formation_error(exc)
+        if error is None:
+            raise
+        await send(_json_line(error_json(error)))
+
+
+def only_formation_error(group: BaseExceptionGroup[BaseException]) -> FormationError | None:
+    """The first Formation error of a group that holds nothing else (nurseries wrap what their tasks raise)."""
+    _, others = group.split(FormationError)
+    if others is not None:
+        return None
+    first: BaseException = group
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    assert isinstance(first, FormationError)
+    return first
+
+
+class _StreamResponse(Response):
+    """A body written by a job, which is cancelled when the client goes."""
+
+    def __init__(self, job: Callable[[SendBytes], Awaitable[None]], *, media_type: str) -> None:
+        super().__init__(media_type=media_type, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write until the job ends or the client goes."""
+        headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+        async def send_bytes(data: bytes) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        async with trio.open_nursery() as nursery:
+            if scope["method"] == "GET":
+                # A POST's body comes by `receive` as well; its job notices the end of the connection by itself.
+                nursery.start_soon(_cancel_on_disconnect, receive, nursery.cancel_scope)
+            try:
+                await self._job(send_bytes)
+            except ClientDisconnect:
+                pass
+            except FormationError as exc:
+                # The status line is out: break the body off, the client sees an incomplete answer.
+                log.warning("stream.failed", path=scope["path"], error=exc.message)
+            nursery.cancel_scope.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
+
+
+async def _body(request: Request, size_max_bytes: int) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > size_max_bytes:
+            raise UsageError(f"the request's body is larger than {format_size(size_max_bytes)}", hint="send less at once")
+    return bytes(body)
+
+
+async def _formation_error(_: Request, exc: Exception) -> Response:
+    assert isinstance(exc, FormationError)
+    return JSONResponse(error_json(exc), status_code=_HTTP_STATUS.get(exc.code, 500))
+
+
+async def _no_such_route(request: Request, _: Exception) -> Response:
+    error = {
+        "code": "not_found",
+        "message": f"no {request.method} {request.url.path} here",
+        "hint": "schemas/README.md lists the API",
+    }
+    return JSONResponse({"error": error}, status_code=404)
+
+
+async def _internal_error(request: Request, exc: Exception) -> Response:
+    log.error("api.failed", path=request.url.path, exc_info=exc)
+    error = {"code": "failed", "message": "the node failed to answer", "hint": "its log says why"}
+    return JSONResponse({"error": error}, status_code=500)

@@ -1,0 +1,118 @@
+"""The node's settings, typed; and what of this host it offers to VMs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from formation.core.config import Value, check_socket_path
+from formation.core.errors import HostError, UsageError
+from formation.core.ids import check_label
+from formation.core.spec import Resources
+from formation.core.units import GIB, MIB
+
+# Emulated and idle guests share cores well; memory and disk are not overcommitted at all.
+VCPUS_PER_CORE = 2
+# The node, its page cache and the host's own services.
+MEMORY_RESERVE_MIB = 1024
+# A file system that is full corrupts guests: their sparse disks get an I/O error instead of a refusal.
+DISK_RESERVE_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSettings:
+    """What one node process runs with; meanings in `core.config.SETTINGS`."""
+
+    name: str
+    data_dir: Path
+    cache_dir: Path
+    manifest: Path
+    listen: tuple[str, ...]
+    public_address: str
+    api_socket: Path
+    api_tcp: str
+    hypervisor: str
+    accelerator: str
+    vcpus: int
+    memory_mib: int
+    disk_gib: int
+    log_level: str
+    log_format: str
+
+
+def node_settings(merged: Mapping[str, Value]) -> NodeSettings:
+    """The node's part of the merged configuration.
+
+    Raises:
+      UsageError: a value that no node can run with; names the setting.
+    """
+
+    def value(key: str) -> object:
+        return merged[f"node.{key}"].value
+
+    name = str(value("name")) or _host_label()
+    api_tcp = str(value("api_tcp"))
+    if api_tcp:
+        split_host_port(api_tcp)
+    listen = value("listen")
+    assert isinstance(listen, list)
+    numbers = {key: value(key) for key in ("vcpus", "memory_mib", "disk_gib")}
+    return NodeSettings(
+        name=check_label(name, what="node.name"),
+        data_dir=_absolute(value("data_dir")),
+        cache_dir=_absolute(value("cache_dir")),
+        manifest=_absolute(value("manifest")),
+        listen=tuple(listen),
+        public_address=str(value("public_address")),
+        api_socket=check_socket_path(_absolute(value("api_socket"))),
+        api_tcp=api_tcp,
+        hypervisor=str(value("hypervisor")),
+        accelerator=str(value("accelerator")),
+        log_level=str(value("log_level")),
+        log_format=str(value("log_format")),
+        **{key: number for key, number in numbers.items() if isinstance(number, int)},
+    )
+
+
+def split_host_port(text: str) -> tuple[str, int]:
+    """(host, port) of `HOST:PORT` or `[V6]:PORT`.
+
+    Raises:
+      UsageError: it is neither.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"node.api_tcp: {text!r} is not HOST:PORT", hint="write 127.0.0.1:4701")
+    return host.strip("[]"), int(port)
+
+
+def offered_capacity(settings: NodeSettings) -> Resources:
+    """What this node offers: as set, or derived from the host less its reserves.
+
+    Raises:
+      HostError: the data directory's file system cannot be read.
+    """
+    try:
+        memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB
+        disk_gib = int(shutil.disk_usage(settings.data_dir).free * (1 - DISK_RESERVE_SHARE)) // GIB
+    except OSError as exc:
+        raise HostError(f"cannot measure this host: {exc}", hint=f"is {settings.data_dir} a readable directory?") from exc
+    reserve_mib = min(MEMORY_RESERVE_MIB, memory_mib // 4)
+    return Resources(
+        vcpus=settings.vcpus or (os.cpu_count() or 1) * VCPUS_PER_CORE,
+        memory_mib=settings.memory_mib or memory_mib - reserve_mib,
+        disk_gib=settings.disk_gib or disk_gib,
+    )
+
+
+def _absolute(value: object) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(str(value))))
+
+
+def _host_label() -> str:
+    label = "".join(c if c.isalnum() else "-" for c in socket.gethostname().split(".")[0].lower()).strip("-")
+    return label[:63] or "node"

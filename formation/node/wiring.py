@@ -1,0 +1,114 @@
+"""Builds adapters and services of one node, once, from settings; nothing else constructs them.
+
+Order is the order of the floors: what is built later may know what was built before.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from formation.core.clock import Clock, SystemClock
+from formation.core.keys import KeyPair
+from formation.core.manifest import Manifest, read_manifest
+from formation.core.spec import Resources
+from formation.net.service import NetService
+from formation.node.dispatch import Dispatch
+from formation.node.health import Liveness
+from formation.node.identity import load_or_make_key
+from formation.node.reads import Reads
+from formation.node.settings import NodeSettings, offered_capacity
+from formation.p2p.service import P2pService
+from formation.pack.service import PackService
+from formation.state.service import StateService
+from formation.state.sqlite import SqliteStore
+from formation.vmm.service import VmmService
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """The rooms of one node, wired together."""
+
+    settings: NodeSettings
+    key: KeyPair
+    manifest: Manifest
+    capacity: Resources
+    clock: Clock
+    p2p: P2pService
+    state: StateService
+    pack: PackService
+    net: NetService
+    vmm: VmmService
+    liveness: Liveness
+    dispatch: Dispatch
+    reads: Reads
+
+
+async def build_node(settings: NodeSettings) -> Node:
+    """Build a node in a data directory that is prepared and locked; nothing runs yet.
+
+    Raises:
+      UsageError: settings, key or manifest are wrong.
+      HostError: the host refuses (data directory, a locked store).
+    """
+    # libp2p takes a second to import and must come after the logs are set up.
+    from formation.p2p.libp2p_host import make_libp2p_transport
+    from formation.vmm.choose import choose_hypervisor
+
+    manifest = read_manifest(settings.manifest)
+    key = load_or_make_key(settings.data_dir)
+    clock = SystemClock()
+    rng = random.Random()
+    capacity = offered_capacity(settings)
+
+    voters = {voter.node_id: voter.addresses for voter in manifest.voters if voter.node_id != key.node_id}
+    linked = frozenset(voters) if key.public_key in {voter.public_key for voter in manifest.voters} else frozenset()
+    transport = make_libp2p_transport(key, settings.listen)
+    p2p = P2pService(transport=transport, known_peers=voters, linked=linked, rng=rng)
+    store = SqliteStore(settings.data_dir / "state.db")
+    state = StateService(manifest=manifest, key=key, store=store, p2p=p2p, clock=clock, rng=rng)
+    liveness = Liveness(own_id=key.node_id, clock=clock)
+    pack = PackService(data_dir=settings.data_dir / "images", cache_dir=settings.cache_dir, p2p=p2p)
+    net = NetService(data_dir=settings.data_dir / "net", public_address=settings.public_address, rng=rng)
+    hypervisor = await choose_hypervisor(settings.hypervisor, accelerator=settings.accelerator, data_dir=settings.data_dir)
+    vmm = VmmService(
+        node_id=key.node_id,
+        state=state,
+        pack=pack,
+        net=net,
+        hypervisor=hypervisor,
+        data_dir=settings.data_dir / "vms",
+        capacity=capacity,
+        is_live=liveness.is_live,
+        clock=clock,
+        rng=rng,
+    )
+    dispatch = Dispatch(node_id=key.node_id, state=state, pack=pack, vmm=vmm)
+    p2p.on_peer(liveness.on_peer)
+    p2p.on_peer(dispatch.on_peer)
+    reads = Reads(
+        node_id=key.node_id,
+        settings=settings,
+        manifest=manifest,
+        state=state,
+        p2p=p2p,
+        vmm=vmm,
+        liveness=liveness,
+        clock=clock,
+        started_ns=clock.now_ns(),
+    )
+    return Node(
+        settings=settings,
+        key=key,
+        manifest=manifest,
+        capacity=capacity,
+        clock=clock,
+        p2p=p2p,
+        state=state,
+        pack=pack,
+        net=net,
+        vmm=vmm,
+        liveness=liveness,
+        dispatch=dispatch,
+        reads=reads,
+    )
