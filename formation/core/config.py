@@ -117,7 +117,8 @@ def load_file(path: Path, *, must_exist: bool = False) -> dict[str, Any]:
     import tomllib
 
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(FILE_SIZE_MAX_BYTES + 1)
     except FileNotFoundError as exc:
         if must_exist:
             raise UsageError(f"no configuration at {path}", hint="formation init makes one") from exc
@@ -128,7 +129,8 @@ def load_file(path: Path, *, must_exist: bool = False) -> dict[str, Any]:
         raise UsageError(f"{path}: larger than {FILE_SIZE_MAX_BYTES} bytes", hint="is this a configuration file?")
     try:
         document = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    # Its own errors and those of int() are ValueErrors; a thousand brackets exhaust the stack.
+    except (ValueError, RecursionError) as exc:
         raise UsageError(f"{path}: not TOML: {exc}", hint="formation node --print-config shows the form") from exc
     found: dict[str, Any] = {}
     for section, table in document.items():
@@ -237,8 +239,8 @@ def check_socket_path(path: Path) -> Path:
 def _toml_value(value: Any) -> str:
     import json
 
-    # JSON's strings, numbers and arrays of them are TOML's too.
-    return json.dumps(value)
+    # JSON's strings, numbers and arrays of them are TOML's too, but for surrogate pairs in escapes and a raw DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _xdg(env: Mapping[str, str], name: str, below_home: str) -> Path:

@@ -16,7 +16,6 @@ class FormationError(Exception):
     Args:
       message: one sentence: what is wrong and where.
       hint: one sentence or command: how to mend it.
-      code: overrides the class's stable code where one class serves several causes.
     """
 
     code: ClassVar[str] = "failed"

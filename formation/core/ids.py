@@ -33,9 +33,12 @@ PUBLIC_KEY_SIZE_BYTES = 32
 # multihash identity (0x00), 36 bytes (0x24), protobuf PublicKey{type=Ed25519 (08 01), data (12 20)}
 _PEER_ID_PREFIX = bytes.fromhex("002408011220")
 _DID_KEY_PREFIX = bytes.fromhex("ed01")
-_LABEL = re.compile(r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
-_DIGEST = re.compile(r"^sha256:[0-9a-f]{64}$")
-_VM_ID = re.compile(r"^vm-[a-z2-7]{16}$")
+# Matched by `fullmatch`: `$` would let a line end pass.
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_VM_ID = re.compile(r"vm-[a-z2-7]{16}")
+# A PeerId has 52 letters, the key part of a did:key 47. Base58 takes quadratic time, so nothing longer is tried.
+_BASE58_LENGTH_MAX = 64
 # Shorter prefixes hit by chance: with 100 VMs, 4 base32 letters collide once in 200 look-ups.
 PREFIX_LENGTH_MIN = 4
 
@@ -54,7 +57,9 @@ def public_key_of_node(node_id: str) -> bytes:
     """
     raw = _base58(node_id)
     if len(raw) != len(_PEER_ID_PREFIX) + PUBLIC_KEY_SIZE_BYTES or not raw.startswith(_PEER_ID_PREFIX):
-        raise UsageError(f"{node_id!r} is not a node id", hint="a node id looks like 12D3KooW… (formation status shows yours)")
+        raise UsageError(
+            f"{node_id[:80]!r} is not a node id", hint="a node id looks like 12D3KooW… (formation status shows yours)"
+        )
     return raw[len(_PEER_ID_PREFIX) :]
 
 
@@ -73,16 +78,21 @@ def public_key_of_account(account_id: str) -> bytes:
     raw = _base58(account_id.removeprefix("did:key:z")) if account_id.startswith("did:key:z") else b""
     if len(raw) != len(_DID_KEY_PREFIX) + PUBLIC_KEY_SIZE_BYTES or not raw.startswith(_DID_KEY_PREFIX):
         raise UsageError(
-            f"{account_id!r} is not an account id", hint="an account id looks like did:key:z6Mk… (formation key list)"
+            f"{account_id[:80]!r} is not an account id", hint="an account id looks like did:key:z6Mk… (formation key list)"
         )
     return raw[len(_DID_KEY_PREFIX) :]
 
 
 def _base58(text: str) -> bytes:
+    """The bytes of canonical base58; empty for anything else."""
+    if len(text) > _BASE58_LENGTH_MAX:
+        return b""
     try:
-        return bytes(base58.b58decode(text))
+        raw = bytes(base58.b58decode(text))
     except ValueError:
         return b""
+    # The library forgives trailing white space; one id must not have two spellings.
+    return raw if base58.b58encode(raw).decode() == text else b""
 
 
 def vm_id_of(intent_digest: bytes) -> VmId:
@@ -106,14 +116,14 @@ def check_digest(text: str) -> Digest:
     Raises:
       UsageError: not `sha256:` and 64 hex digits.
     """
-    if not _DIGEST.match(text):
+    if not _DIGEST.fullmatch(text):
         raise UsageError(f"{text[:80]!r} is not a digest", hint="a digest is sha256: and 64 hex digits")
     return Digest(text)
 
 
 def is_vm_id(text: str) -> bool:
     """Whether the text has the form of a VM id (no such VM need exist)."""
-    return _VM_ID.match(text) is not None
+    return _VM_ID.fullmatch(text) is not None
 
 
 def check_label(text: str, *, what: str) -> str:
@@ -122,7 +132,7 @@ def check_label(text: str, *, what: str) -> str:
     Raises:
       UsageError: it is not one.
     """
-    if not _LABEL.match(text):
+    if not _LABEL.fullmatch(text):
         raise UsageError(
             f"{what}: {text[:80]!r} is not a valid name",
             hint="use 1 to 63 of a-z, 0-9 and -, starting and ending with a letter or digit",
@@ -140,7 +150,10 @@ def pick_by_name_or_prefix(wanted: str, *, candidates: Iterable[tuple[str, str]]
       ConflictError: several match.
     """
     pairs = list(candidates)
-    exact = [identity for identity, name in pairs if wanted in (identity, name)]
+    # An id wins over names: else somebody's VM named like the id of yours would make yours ambiguous.
+    if any(identity == wanted for identity, _ in pairs):
+        return wanted
+    exact = [identity for identity, name in pairs if name == wanted]
     if len(exact) == 1:
         return exact[0]
     found = exact or [

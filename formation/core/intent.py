@@ -8,6 +8,8 @@ signed intent may be sent to another node when the first one dies.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from formation.core.clock import COUNTER_BITS
@@ -25,19 +27,24 @@ from formation.core.codec import (
     signature_holds,
 )
 from formation.core.errors import DeniedError
-from formation.core.ids import AccountId, NetworkId, account_id_of
+from formation.core.ids import PUBLIC_KEY_SIZE_BYTES, AccountId, NetworkId, account_id_of
 
 NONCE_SIZE_BYTES = 16
 # Long enough for a user to retry by hand at another node, short enough that an old one found in a log is void.
 LIFETIME_MS = 10 * 60 * 1000
 # A laptop's clock may run ahead of the nodes' by this much before its wishes count as from the future.
 FUTURE_MS_MAX = 60 * 1000
+# Milliseconds have 48 bits in a timestamp.
+TIME_MS_MAX = (1 << 48) - 1
+
+TimeMs = Annotated[int, msgspec.Meta(ge=0, le=TIME_MS_MAX)]
+"""Milliseconds since the Unix epoch."""
 
 
 class Intent(msgspec.Struct, array_like=True, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
     """One wish of one account; CBOR array of seven."""
 
-    account: bytes
+    account: Annotated[bytes, msgspec.Meta(min_length=PUBLIC_KEY_SIZE_BYTES, max_length=PUBLIC_KEY_SIZE_BYTES)]
     """32-byte Ed25519 key."""
     verb: str
     """Tag of the event that it asks for, such as `vm.requested`."""
@@ -45,11 +52,11 @@ class Intent(msgspec.Struct, array_like=True, frozen=True, kw_only=True, forbid_
     """What it is about; empty where the intent makes the thing, whose id is then derived from the digest."""
     body: bytes
     """CBOR map of the event's fields."""
-    nonce: bytes
+    nonce: Annotated[bytes, msgspec.Meta(min_length=NONCE_SIZE_BYTES, max_length=NONCE_SIZE_BYTES)]
     """16 random bytes."""
-    created_ms: int
-    """Milliseconds since the Unix epoch, by the account's clock."""
-    expires_ms: int
+    created_ms: TimeMs
+    """By the account's clock."""
+    expires_ms: TimeMs
 
 
 class SignedIntent(msgspec.Struct, frozen=True, gc=False):

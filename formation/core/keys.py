@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import tempfile
 from pathlib import Path
 
 from nacl import bindings
 
-from formation.core.errors import ConflictError, NotFoundError, UsageError
+from formation.core.errors import ConflictError, HostError, NotFoundError, UsageError
 from formation.core.ids import AccountId, NodeId, account_id_of, node_id_of
 
 SEED_SIZE_BYTES = 32
@@ -67,16 +68,19 @@ def write_key_file(path: Path, key: KeyPair) -> None:
 
     Raises:
       ConflictError: the file exists; a key is never overwritten.
+      HostError: the directory or the disk refused; no half a file is left.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, KEY_FILE_MODE)
-    except FileExistsError as exc:
-        raise ConflictError(f"{path} exists already", hint="a key is never overwritten: move the file away first") from exc
-    with os.fdopen(fd, "w", encoding="ascii") as file:
-        file.write(f"{_HEADER}\n{key.seed.hex()}\n")
-        file.flush()
-        os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # The file gets its name when it is whole: a node that dies meanwhile must find no key or this one.
+        with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=path.parent, prefix=f".{path.name}.") as file:
+            file.write(f"{_HEADER}\n{key.seed.hex()}\n")
+            file.flush()
+            os.fsync(file.fileno())
+            _link_new(file.name, path)
+        _sync_directory(path.parent)
+    except OSError as exc:
+        raise HostError(f"cannot write {path}: {exc.strerror}", hint="check the directory's owner and mode") from exc
 
 
 def read_key_file(path: Path) -> KeyPair:
@@ -87,8 +91,10 @@ def read_key_file(path: Path) -> KeyPair:
       UsageError: readable by others, or not a key file.
     """
     try:
-        mode = path.stat().st_mode
-        text = path.read_bytes()[:_FILE_SIZE_MAX_BYTES].decode("ascii", "replace")
+        # Non-blocking, for a pipe would never answer; the mode is that of the very file that is read.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            text = file.read(_FILE_SIZE_MAX_BYTES + 1).decode("ascii", "replace") if stat.S_ISREG(mode) else ""
     except FileNotFoundError as exc:
         raise NotFoundError(f"no key at {path}", hint="formation init makes one") from exc
     except OSError as exc:
@@ -100,8 +106,23 @@ def read_key_file(path: Path) -> KeyPair:
         seed = bytes.fromhex(body.strip())
     except ValueError:
         seed = b""
-    if header != _HEADER or len(seed) != SEED_SIZE_BYTES:
+    if header != _HEADER or len(seed) != SEED_SIZE_BYTES or len(text) > _FILE_SIZE_MAX_BYTES:
         raise UsageError(
             f"{path} is not a Formation key file", hint=f"its first line must be {_HEADER!r}, its second 64 hex digits"
         )
     return KeyPair(seed)
+
+
+def _link_new(source: str, path: Path) -> None:
+    try:
+        os.link(source, path)
+    except FileExistsError as exc:
+        raise ConflictError(f"{path} exists already", hint="a key is never overwritten: move the file away first") from exc
+
+
+def _sync_directory(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -7,6 +7,7 @@ same file without keys: `formation demo` and `formation init` complete it.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,13 +18,16 @@ import msgspec
 
 from formation.core.codec import Context, encode, sha256, sign_value, signed_bytes, verify_ed25519
 from formation.core.errors import NotFoundError, UsageError
-from formation.core.ids import NetworkId, NodeId, check_label, node_id_of, public_key_of_node
+from formation.core.ids import PUBLIC_KEY_SIZE_BYTES, NetworkId, NodeId, check_label, node_id_of, public_key_of_node
 from formation.core.keys import KeyPair
 
 FORMAT = 1
 # Committees above 31 belong into cells (design/state section 7).
 VOTER_COUNT_MAX = 31
 _FILE_SIZE_MAX_BYTES = 64 * 1024
+_FOUNDED_MS_MAX = (1 << 48) - 1
+# Printable ASCII without space, quote and backslash: it stands in TOML, logs and tables as it is.
+_MULTIADDR = re.compile(r"/[!#-\[\]-~]+")
 
 
 class Voter(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -207,9 +211,17 @@ def _check_genesis(genesis: Genesis) -> None:
     check_label(genesis.name, what="manifest name")
     if genesis.format != FORMAT:
         raise UsageError(f"{where}: format {genesis.format}, this version knows {FORMAT}", hint="upgrade formation")
+    if not 0 <= genesis.founded_ms <= _FOUNDED_MS_MAX:
+        raise UsageError(f"{where}: founded_ms is out of range", hint="it counts milliseconds since 1970")
     _check_voter_count(where, len(genesis.voters))
     for voter in genesis.voters:
         check_label(voter.name, what=f"{where}: voter name")
+        if len(voter.public_key) != PUBLIC_KEY_SIZE_BYTES:
+            raise UsageError(f"{where}: voter {voter.name}: the key is not 32 bytes", hint="give an Ed25519 key")
+        if not voter.addresses or not all(_MULTIADDR.fullmatch(a) for a in voter.addresses):
+            raise UsageError(
+                f"{where}: voter {voter.name}: addresses must be multiaddrs", hint="write it like /ip4/192.0.2.1/tcp/4700"
+            )
     for what, values in (("name", [v.name for v in genesis.voters]), ("key", [str(v.node_id) for v in genesis.voters])):
         twice = sorted({v for v in values if values.count(v) > 1})
         if twice:
@@ -225,7 +237,8 @@ def _check_voter_count(where: str, count: int) -> None:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(_FILE_SIZE_MAX_BYTES + 1)
     except FileNotFoundError as exc:
         raise NotFoundError(
             f"no manifest at {path}", hint="formation init makes one, or get the file from a member of the network"
@@ -236,9 +249,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: larger than {_FILE_SIZE_MAX_BYTES} bytes", hint="is this a manifest?")
     try:
         document = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    # Its own errors and those of int() are ValueErrors; a thousand brackets exhaust the stack.
+    except (ValueError, RecursionError) as exc:
         raise UsageError(f"{path}: not TOML: {exc}", hint="see peers/README.md for the form") from exc
-    if document.get("format") != FORMAT:
+    # `true` and 1.0 equal 1 in Python.
+    if type(document.get("format")) is not int or document["format"] != FORMAT:
         raise UsageError(
             f"{path}: format is {document.get('format')!r}, this version knows {FORMAT}",
             hint="upgrade formation, or is this a manifest?",
@@ -269,11 +284,7 @@ def _text(where: str, row: dict[str, Any], key: str) -> str:
 
 def _addresses(where: str, row: dict[str, Any]) -> tuple[str, ...]:
     value = row.get("addresses")
-    if (
-        not isinstance(value, list)
-        or not value
-        or not all(isinstance(a, str) and a.startswith("/") and '"' not in a for a in value)
-    ):
+    if not isinstance(value, list) or not value or not all(isinstance(a, str) and _MULTIADDR.fullmatch(a) for a in value):
         raise UsageError(
             f"{where}: addresses must be a list of multiaddrs", hint='write addresses = ["/ip4/192.0.2.1/tcp/4700"]'
         )

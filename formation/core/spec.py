@@ -23,7 +23,9 @@ ENV_COUNT_MAX = 128
 ENV_SIZE_MAX_BYTES = 16 * 1024
 PUBLISH_COUNT_MAX = 64
 
-Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+PORT_MAX = 65_535
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=PORT_MAX)]
 Transport = Literal["tcp", "udp"]
 
 
@@ -54,7 +56,7 @@ class Desired(StrEnum):
 class PortMap(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """A guest port published on the node's own address; array of three."""
 
-    guest_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    guest_port: Annotated[int, msgspec.Meta(ge=1, le=PORT_MAX)]
     transport: Transport
     host_port: Port
     """0 in a spec: any free port. In a status: the port that was taken."""
@@ -172,14 +174,15 @@ class AccountRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def check_vm_spec(spec: VmSpec) -> VmSpec:
-    """The spec, if a node may accept it: the checks that types alone do not make.
+    """The spec, if a node may accept it.
 
     Raises:
       UsageError: names the field.
     """
     check_label(spec.name, what="name")
     check_digest(spec.image)
-    if len(spec.env) > ENV_COUNT_MAX or sum(len(k) + len(v) for k, v in spec.env.items()) > ENV_SIZE_MAX_BYTES:
+    _check_ranges(spec)
+    if len(spec.env) > ENV_COUNT_MAX or sum(_size_bytes(k) + _size_bytes(v) for k, v in spec.env.items()) > ENV_SIZE_MAX_BYTES:
         raise UsageError(
             f"env: more than {ENV_COUNT_MAX} variables or {ENV_SIZE_MAX_BYTES} bytes",
             hint="put large settings into the image with COPY",
@@ -196,3 +199,24 @@ def check_vm_spec(spec: VmSpec) -> VmSpec:
     if len(set(hosts)) != len(hosts):
         raise UsageError("publish: the same host port twice", hint="publish each host port once")
     return spec
+
+
+def _check_ranges(spec: VmSpec) -> None:
+    """The limits of the fields' types, which hold for decoded values but not for a spec built from flags."""
+    limits = (("vcpus", 1, VCPUS_MAX), ("memory_mib", MEMORY_MIB_MIN, MEMORY_MIB_MAX), ("disk_gib", 1, DISK_GIB_MAX))
+    for field, low, high in limits:
+        amount = getattr(spec, field)
+        if not low <= amount <= high:
+            raise UsageError(f"{field}: {amount} is out of range", hint=f"give {low} to {high}")
+    for port in spec.publish:
+        if not (1 <= port.guest_port <= PORT_MAX and 0 <= port.host_port <= PORT_MAX):
+            raise UsageError(
+                f"publish: {port.host_port}:{port.guest_port} are not ports", hint=f"a port is a number from 1 to {PORT_MAX}"
+            )
+
+
+def _size_bytes(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as exc:
+        raise UsageError("env: a name or value is not UTF-8", hint="check the terminal's encoding") from exc

@@ -13,9 +13,10 @@ KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
 
-_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|K|M|G|T)$")
+# Fifteen digits are exact in a float, and no size or time that is meant needs more.
+_SIZE = re.compile(r"^([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(KiB|MiB|GiB|TiB|K|M|G|T)$")
 _SIZE_FACTOR = {"K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
-_DURATION = re.compile(r"^(\d+(?:\.\d+)?)(ms|s|m|h)$")
+_DURATION = re.compile(r"^([0-9]{1,15}(?:\.[0-9]{1,15})?)(ms|s|m|h)$")
 _DURATION_FACTOR_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 

@@ -9,6 +9,7 @@
 | dispatch | events → handlers: the only way anything travels up the house |
 | stream | events → server-sent events |
 | reads | the replicated state as the API's answers |
+| attach | logs and consoles, also of VMs on other nodes |
 | api | HTTP on a unix socket, and on TCP with a token |
 | wiring | builds adapters and services, once |
 | run | nursery tree, start order, drain |

@@ -10,9 +10,11 @@ Errors are `{"error": {"code", "message", "hint"}}` with the codes of `core.erro
 
 from __future__ import annotations
 
+import base64
 import hmac
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,17 +37,17 @@ from formation.core.errors import (
     FormationError,
     NotFoundError,
     QuorumError,
-    UnavailableError,
     UsageError,
 )
 from formation.core.event import ImageBuilt, ImageHeld, VmRequested, event_fields, parse_event
 from formation.core.ids import TraceId, check_label, trace_id_of, vm_id_of
 from formation.core.intent import SignedIntent, check_intent, parse_intent
-from formation.core.spec import VmRecord, VmSpec, check_vm_spec
+from formation.core.spec import VmSpec, check_vm_spec
 from formation.core.units import format_size
+from formation.node.attach import Attach, AttachRequest
 from formation.node.reads import Reads
 from formation.node.stream import KEEP_ALIVE, KEEP_ALIVE_S, Filter, sse_change, sse_gap
-from formation.node.upload import receive_context
+from formation.node.upload import inside, receive_context
 from formation.pack.service import BuildProgress, PackService
 from formation.state.service import Gap, Level, Token
 
@@ -81,6 +83,7 @@ class ApiParts:
 
     reads: Reads
     pack: PackService
+    attach: Attach
 
 
 def make_api(parts: ApiParts) -> Starlette:
@@ -142,8 +145,8 @@ class _Api:
     def __init__(self, parts: ApiParts) -> None:
         self._reads = parts.reads
         self._state = parts.reads.state
-        self._vmm = parts.reads.vmm
         self._pack = parts.pack
+        self._attach = parts.attach
         self._builds = trio.CapacityLimiter(1)
 
     async def get_status(self, _: Request) -> Response:
@@ -204,8 +207,9 @@ class _Api:
         return vm_id, trace_id_of(wish.digest)
 
     async def _wait_certified(self, token: Token) -> None:
-        with trio.move_on_after(CERTIFY_TIMEOUT_S):
+        with trio.move_on_after(CERTIFY_TIMEOUT_S) as scope:
             await self._state.wait_certified(token)
+        if not scope.cancelled_caught:
             return
         status = self._state.status()
         online = sum(voter.online for voter in status.voters)
@@ -224,9 +228,7 @@ class _Api:
             with TemporaryDirectory(prefix="context-", dir=self._reads.settings.data_dir, ignore_cleanup_errors=True) as folder:
                 context = Path(folder)
                 await receive_context(request.stream(), context)
-                path = context / formfile if formfile else None
-                if path is not None and not path.resolve().is_relative_to(context.resolve()):
-                    raise UsageError("the Formfile lies outside the build context", hint="put it into the context directory")
+                path = inside(context, formfile) if formfile else None
                 async with self._builds:
                     await self._build(context, path, name, send)
 
@@ -283,52 +285,37 @@ class _Api:
         return _StreamResponse(job, media_type="text/event-stream")
 
     async def get_logs(self, request: Request) -> Response:
-        vm = self._local_vm(request)
         tail = request.query_params.get("tail", "200")
         if not tail.isdigit() or int(tail) > LOG_TAIL_LINES_MAX:
             raise UsageError(
                 f"tail: {tail[:20]!r} is not a count of lines up to {LOG_TAIL_LINES_MAX}", hint="formation vm logs -n 200"
             )
         follow = request.query_params.get("follow", "0") in ("1", "true")
-
-        async def job(send: SendBytes) -> None:
-            await send(await self._vmm.read_log(vm.vm_id, int(tail)))
-            if follow:
-                async for chunk in self._vmm.follow_log(vm.vm_id):
-                    await send(chunk)
-
-        return _StreamResponse(job, media_type="text/plain; charset=utf-8")
+        return await self._attached(
+            request, AttachRequest("logs", int(tail), follow, _permit(request)), "text/plain; charset=utf-8"
+        )
 
     async def get_console(self, request: Request) -> Response:
-        vm = self._local_vm(request)
-        console = await self._vmm.open_console(vm.vm_id)
+        wanted = AttachRequest("console", 0, True, _permit(request))
+        return await self._attached(request, wanted, "application/octet-stream")
+
+    async def _attached(self, request: Request, wanted: AttachRequest, media_type: str) -> Response:
+        """Opened before the status line is sent, so that a refusal is a refusal."""
+        vm = self._reads.find_vm(request.path_params["ref"])
+        stack = AsyncExitStack()
+        chunks = await stack.enter_async_context(self._attach.open(vm, wanted))
 
         async def job(send: SendBytes) -> None:
-            try:
-                while chunk := await console.receive_some(4096):
+            async with stack:
+                async for chunk in chunks:
                     await send(chunk)
-            finally:
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-                    await console.aclose()
 
-        return _StreamResponse(job, media_type="application/octet-stream")
+        return _StreamResponse(job, media_type=media_type)
 
     async def post_console_input(self, request: Request) -> Response:
-        vm = self._local_vm(request)
-        await self._vmm.write_console(vm.vm_id, await _body(request, CONSOLE_INPUT_SIZE_MAX_BYTES))
-        return Response(status_code=204)
-
-    def _local_vm(self, request: Request) -> VmRecord:
         vm = self._reads.find_vm(request.path_params["ref"])
-        if vm.placement is None:
-            raise ConflictError(f"{vm.spec.name} has not been placed on a node yet", hint=f"formation vm show {vm.spec.name}")
-        if vm.placement.node_id != self._reads.node_id:
-            name = self._reads.node_name(vm.placement.node_id)
-            raise UnavailableError(
-                f"{vm.spec.name} runs on node {name}, not on this one ({self._reads.settings.name})",
-                hint=f"ask that node: formation --host SOCKET_OF_{name.upper().replace('-', '_')} …",
-            )
-        return vm
+        await self._attach.type(vm, await _body(request, CONSOLE_INPUT_SIZE_MAX_BYTES))
+        return Response(status_code=204)
 
 
 async def _send_events(reads: Reads, send: SendBytes, *, wanted: Filter, since: int | None, follow: bool) -> None:
@@ -419,6 +406,17 @@ async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> No
     while (await receive())["type"] != "http.disconnect":
         pass
     scope.cancel()
+
+
+def _permit(request: Request) -> bytes:
+    """The owner's signed permit, base64url in a header; empty where none was sent."""
+    text = request.headers.get("formation-permit", "")
+    try:
+        return base64.b64decode(text, altchars=b"-_", validate=True)
+    except ValueError as exc:
+        raise UsageError(
+            "the header Formation-Permit is not base64url", hint="is the client older or newer than this node?"
+        ) from exc
 
 
 async def _body(request: Request, size_max_bytes: int) -> bytes:

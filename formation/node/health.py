@@ -12,6 +12,8 @@ from formation.core.ids import NodeId
 
 # A dropped connection that is dialled again at once must not move work about.
 GRACE_S = 2.0
+# Anybody may connect under ever new keys; far above any network that this version can hold.
+GONE_COUNT_MAX = 4096
 
 
 class Liveness:
@@ -32,6 +34,9 @@ class Liveness:
         else:
             self._up.discard(node_id)
             self._down_since_ns.setdefault(node_id, self._clock.now_ns())
+            if len(self._down_since_ns) > GONE_COUNT_MAX:
+                # Insertion order is time order: the longest silent is forgotten.
+                del self._down_since_ns[next(iter(self._down_since_ns))]
 
     def is_live(self, node_id: NodeId) -> bool:
         """Whether work may be offered to this node."""

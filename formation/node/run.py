@@ -96,7 +96,7 @@ async def _advertise(node: Node, addresses: tuple[str, ...]) -> None:
 
 
 async def _start_api(rooms: trio.Nursery, node: Node) -> None:
-    app = make_api(ApiParts(reads=node.reads, pack=node.pack))
+    app = make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach))
     socket = node.settings.api_socket
     try:
         socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

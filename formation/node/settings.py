@@ -85,7 +85,8 @@ def split_host_port(text: str) -> tuple[str, int]:
       UsageError: it is neither.
     """
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
+    # ASCII first: `isdigit` holds for superscripts, which int() refuses, and int() for no more than 4,300 digits.
+    if not host or not (port.isascii() and port.isdigit() and len(port) <= 5) or int(port) > 65535:
         raise UsageError(f"node.api_tcp: {text!r} is not HOST:PORT", hint="write 127.0.0.1:4701")
     return host.strip("[]"), int(port)
 
@@ -114,5 +115,5 @@ def _absolute(value: object) -> Path:
 
 
 def _host_label() -> str:
-    label = "".join(c if c.isalnum() else "-" for c in socket.gethostname().split(".")[0].lower()).strip("-")
-    return label[:63] or "node"
+    label = "".join(c if c.isascii() and c.isalnum() else "-" for c in socket.gethostname().split(".")[0].lower())
+    return label.strip("-")[:63].strip("-") or "node"

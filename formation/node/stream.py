@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from formation.core.clock import hlc_ms
-from formation.core.event import event_fields
+from formation.core.event import EVENT_BY_VERB, event_fields
 from formation.state.service import Change, Gap
 
 KEEP_ALIVE_S = 10.0
@@ -56,7 +56,9 @@ def change_json(change: Change) -> dict[str, Any]:
 def sse_change(change: Change) -> bytes:
     """One change as a server-sent event."""
     data = json.dumps(change_json(change), separators=(",", ":"))
-    return f"id: {change.position}\nevent: {change.verb}\ndata: {data}\n\n".encode()
+    # A void operation's verb is whatever a peer wrote, line ends and all; in the data it stands quoted.
+    name = change.verb if change.verb in EVENT_BY_VERB else "void"
+    return f"id: {change.position}\nevent: {name}\ndata: {data}\n\n".encode()
 
 
 def sse_gap(gap: Gap) -> bytes:

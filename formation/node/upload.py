@@ -1,15 +1,22 @@
 """A build context sent as a tar stream, unpacked where nothing can escape from.
 
-Python's `data` filter (PEP 706) refuses absolute names, parents, links out of the folder and device nodes; sizes and
-counts are limited here, for the filter does not.
+Python's `data` filter (PEP 706) refuses parents, links out of the folder and device nodes, but it asks `realpath`, which
+crafted archives of overlong links have deceived (CVE-2025-4517), and the Python that we run on may not be mended. So
+nothing depends on it alone. Rules of our own, which need only names and `lstat`:
+1. No absolute name and no `..` in it, and nothing is written through or over a link: so all is written in the folder.
+2. A symbolic link goes up first, never above the folder, then down: so following links never leads out, for each link
+   on the way obeys the same rule from where it really lies.
+3. A hard link names a plain file that was unpacked before, not a link, which would mean something else elsewhere.
+4. Sizes and counts are limited.
 """
 
 from __future__ import annotations
 
+import errno
 import tarfile
 import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 import trio
@@ -22,16 +29,18 @@ CONTEXT_SIZE_MAX_BYTES = 512 * MIB
 CONTEXT_FILE_COUNT_MAX = 50_000
 # Up to here the stream stays in memory, and no temporary file is made for a small context.
 SPOOL_SIZE_BYTES = 8 * MIB
+# What an archive that contradicts itself provokes; any other OSError is this host's.
+_ARCHIVE_ERRNOS = frozenset([errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP])
 
 
 async def receive_context(chunks: AsyncIterator[bytes], folder: Path) -> None:
     """Unpack a tar stream into an empty folder.
 
     Raises:
-      UsageError: not a tar, too large, or a member that would leave the folder; names it.
+      UsageError: not a whole tar, too large, or a member that would leave the folder; names it.
       HostError: the disk refused.
     """
-    with tempfile.SpooledTemporaryFile(max_size=SPOOL_SIZE_BYTES, dir=folder.parent) as spool:
+    with tempfile.SpooledTemporaryFile(max_size=SPOOL_SIZE_BYTES, dir=str(folder.parent)) as spool:
         size_bytes = 0
         async for chunk in chunks:
             size_bytes += len(chunk)
@@ -40,28 +49,100 @@ async def receive_context(chunks: AsyncIterator[bytes], folder: Path) -> None:
                     f"the build context is larger than {format_size(CONTEXT_SIZE_MAX_BYTES)}",
                     hint="list what is not needed in .formignore",
                 )
-            await trio.to_thread.run_sync(spool.write, chunk)
+            try:
+                await trio.to_thread.run_sync(spool.write, chunk)
+            except OSError as exc:
+                raise HostError(f"cannot keep the build context: {exc.strerror}", hint="is the node's disk full?") from exc
         spool.seek(0)
         await trio.to_thread.run_sync(_unpack, spool, folder)
 
 
-def _unpack(spool: IO[bytes], folder: Path) -> None:
-    unpacked_bytes = 0
-    name = ""
+def inside(folder: Path, name: str) -> Path:
+    """A path within the folder.
+
+    Raises:
+      UsageError: it leads out of it.
+    """
     try:
-        with tarfile.open(fileobj=spool, mode="r:") as archive:
+        path = (folder / name).resolve()
+    # A NUL in the name; links that go round.
+    except (ValueError, RuntimeError, OSError):
+        path = None
+    if path is None or not path.is_relative_to(folder.resolve()):
+        raise UsageError(f"{name[:200]!r} lies outside the build context", hint="put it into the context directory")
+    return path
+
+
+def _unpack(spool: IO[bytes], folder: Path) -> None:
+    name = ""
+    unpacked_bytes = 0
+    try:
+        # errorlevel 2: a member that cannot be unpacked is an error, not a file that is silently missing.
+        with tarfile.open(fileobj=spool, mode="r:", errorlevel=2) as archive:
             for count, member in enumerate(archive, start=1):
                 name = member.name
-                unpacked_bytes += member.size
+                unpacked_bytes += max(0, member.size)
                 # Sparse members claim sizes far beyond what was sent.
                 if count > CONTEXT_FILE_COUNT_MAX or unpacked_bytes > CONTEXT_SIZE_MAX_BYTES:
                     raise UsageError("the build context unpacks to too much", hint="list what is not needed in .formignore")
+                _check_member(member, folder)
                 archive.extract(member, folder, filter="data")
+            # tarfile takes a cut or damaged header for the end; the end is a block of zeros (pax, "ustar Interchange").
+            spool.seek(archive.offset)
+            if spool.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"damaged or cut after {name[:200]!r}")
     except tarfile.FilterError as exc:
-        raise UsageError(
-            f"build context: {name[:200]!r} is not allowed: {exc}", hint="send plain files, folders and inner links"
-        ) from exc
+        raise _refusal(name, str(exc)) from exc
     except tarfile.TarError as exc:
         raise UsageError(f"the build context is not a tar stream: {exc}", hint="formation image build sends one") from exc
     except OSError as exc:
+        if exc.errno in _ARCHIVE_ERRNOS:
+            raise _refusal(name, str(exc.strerror)) from exc
         raise HostError(f"cannot unpack the build context: {exc.strerror}", hint="is the node's disk full?") from exc
+    # tarfile lets these out of crafted headers: bad numbers, NUL in names, dates beyond time_t, chains of long names.
+    except (ValueError, LookupError, OverflowError, RecursionError) as exc:
+        raise UsageError(
+            f"the build context is not a tar stream: bad header after {name[:200]!r}",
+            hint="formation image build sends one",
+        ) from exc
+
+
+def _check_member(member: tarfile.TarInfo, folder: Path) -> None:
+    """Rules 1 to 3 of this module.
+
+    Raises:
+      UsageError: which member, and why.
+    """
+    parts = _inner_parts(member.name, member.name)
+    if member.isfile() and not parts:
+        raise _refusal(member.name, "it has no name")
+    _check_no_link(member.name, folder, parts)
+    if member.issym():
+        target = PurePosixPath(member.linkname)
+        up_count = next((i for i, part in enumerate(target.parts) if part != ".."), len(target.parts))
+        if not member.linkname or target.is_absolute() or ".." in target.parts[up_count:] or up_count >= len(parts):
+            raise _refusal(member.name, f"it links to {member.linkname[:200]!r}, which may lie outside")
+    elif member.islnk():
+        linked = _inner_parts(member.name, member.linkname)
+        _check_no_link(member.name, folder, linked)
+        if not folder.joinpath(*linked).is_file():
+            raise _refusal(member.name, f"it links to {member.linkname[:200]!r}, which is no file before it")
+
+
+def _inner_parts(member_name: str, path_text: str) -> tuple[str, ...]:
+    path = PurePosixPath(path_text)
+    if path.is_absolute() or ".." in path.parts:
+        raise _refusal(member_name, f"{path_text[:200]!r} may lie outside")
+    return path.parts
+
+
+def _check_no_link(member_name: str, folder: Path, parts: tuple[str, ...]) -> None:
+    place = folder
+    for part in parts:
+        place /= part
+        if place.is_symlink():
+            raise _refusal(member_name, f"{str(place.relative_to(folder))[:200]!r} is a link")
+
+
+def _refusal(name: str, why: str) -> UsageError:
+    return UsageError(f"build context: {name[:200]!r} is not allowed: {why}", hint="send plain files, folders and inner links")

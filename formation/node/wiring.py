@@ -13,6 +13,7 @@ from formation.core.keys import KeyPair
 from formation.core.manifest import Manifest, read_manifest
 from formation.core.spec import Resources
 from formation.net.service import NetService
+from formation.node.attach import Attach
 from formation.node.dispatch import Dispatch
 from formation.node.health import Liveness
 from formation.node.identity import load_or_make_key
@@ -42,6 +43,7 @@ class Node:
     liveness: Liveness
     dispatch: Dispatch
     reads: Reads
+    attach: Attach
 
 
 async def build_node(settings: NodeSettings) -> Node:
@@ -111,4 +113,5 @@ async def build_node(settings: NodeSettings) -> Node:
         liveness=liveness,
         dispatch=dispatch,
         reads=reads,
+        attach=Attach(reads=reads, p2p=p2p),
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 
 import pytest
-from conftest import CREATE_TIMEOUT_S, Commands, wait_for
+
+from tests.e2e.conftest import CREATE_TIMEOUT_S, Commands, wait_for
 
 pytestmark = [pytest.mark.vm, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -14,6 +16,11 @@ ROUNDS = 5
 # done; failed; the node asked died; not in time. Each but the first with its reason on stderr.
 HONEST_ENDS = {0, 1, 3, 7}
 ENDED = {"running", "failed", "unknown", "pending"}
+
+
+def all_list_the_same(formation: Commands) -> bool:
+    lists = [sorted(vm["vm_id"] for vm in formation.json("vm", "list", node=node)) for node in formation.network.nodes]
+    return all(entry == lists[0] for entry in lists)
 
 
 def test_kill_any_node_at_any_moment_of_a_create(formation: Commands) -> None:
@@ -28,7 +35,8 @@ def test_kill_any_node_at_any_moment_of_a_create(formation: Commands) -> None:
         time.sleep(delay_s)  # the moment: a part of the scenario, chosen by the seed
         network.kill(victim)
         out, err = create.communicate(timeout=CREATE_TIMEOUT_S)
-        told = f"round {number}: {victim.name} killed after {delay_s:.2f} s: exit {create.returncode}\n{out}\n{err}\n{formation.logs()}"
+        told = f"round {number}: {victim.name} killed after {delay_s:.2f} s: exit {create.returncode}"
+        told += f"\n{out}\n{err}\n{formation.logs()}"
         assert create.returncode in HONEST_ENDS, told
         assert "Traceback" not in err, told
         assert create.returncode == 0 or "Error:" in err, told
@@ -40,10 +48,7 @@ def test_kill_any_node_at_any_moment_of_a_create(formation: Commands) -> None:
 
         network.start(victim)
         network.wait_until_meshed()
-        views = [
-            lambda node=node: sorted(vm["vm_id"] for vm in formation.json("vm", "list", node=node)) for node in network.nodes
-        ]
-        wait_for(lambda views=views: all(view() == views[0]() for view in views[1:]), what="all nodes list the same VMs")
+        wait_for(partial(all_list_the_same, formation), what="all nodes list the same VMs")
         for vm in formation.json("vm", "list"):
             assert vm["phase"] in ENDED | {"booting", "fetching", "attaching", "placing"}, vm
             formation("vm", "delete", vm["vm_id"], "--yes")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from urllib.request import urlopen
 
 import pytest
-from conftest import Commands, wait_for
+
+from formation.cli.local_network import LocalNode
+from tests.e2e.conftest import Commands, wait_for
 
 pytestmark = [pytest.mark.vm, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -17,6 +20,14 @@ def page(vm: dict[str, object]) -> str:
         return str(answer.read().decode())
 
 
+def is_running(formation: Commands, node: LocalNode) -> bool:
+    return bool(formation.json("vm", "show", "web", node=node)["phase"] == "running")
+
+
+def has_no_vm(formation: Commands, node: LocalNode) -> bool:
+    return bool(formation.json("vm", "list", node=node) == [])
+
+
 def test_a_vm_from_command_to_gone(formation: Commands) -> None:
     """create, show, restart of its node, stop, start with its data, delete: each seen from every node."""
     created = formation("vm", "create", "hello", "web")
@@ -26,9 +37,7 @@ def test_a_vm_from_command_to_gone(formation: Commands) -> None:
     assert "<" in page(vm)
     holder = next(node for node in formation.network.nodes if node.key.node_id == vm["placement"]["node_id"])
     for node in formation.network.nodes:
-        wait_for(
-            lambda node=node: formation.json("vm", "show", "web", node=node)["phase"] == "running", what=f"{node.name} sees web"
-        )
+        wait_for(partial(is_running, formation, node), what=f"{node.name} sees web running")
     assert formation("vm", "logs", "web", node=holder).stdout
 
     # The node dies; its guest does not, and the node finds it again.
@@ -48,15 +57,15 @@ def test_a_vm_from_command_to_gone(formation: Commands) -> None:
     formation("vm", "delete", "web", "--yes")
     assert formation("vm", "show", "web", status=5).stderr.startswith("Error:")
     for node in formation.network.nodes:
-        wait_for(lambda node=node: formation.json("vm", "list", node=node) == [], what=f"{node.name} forgets web")
+        wait_for(partial(has_no_vm, formation, node), what=f"{node.name} forgets web")
     assert not list((holder.folder / "vms").glob("vm-*")), "the VM's directory is still there"
 
 
 def test_two_creates_of_one_name_and_too_large_a_vm(formation: Commands) -> None:
     """A taken name is a conflict; a VM that fits nowhere waits and says why."""
-    formation("vm", "create", "hello", "web", "--detach")
+    formation("vm", "create", "hello", "web", "--detach", status=8)
     assert "exists already" in formation("vm", "create", "hello", "web", status=6).stderr
-    formation("vm", "create", "hello", "huge", "--memory", "200GiB", "--detach")
+    formation("vm", "create", "hello", "huge", "--memory", "200GiB", "--detach", status=8)
     wait_for(lambda: "memory" in formation.json("vm", "show", "huge")["reason"], what="a reason for huge")
     assert formation.json("vm", "show", "huge")["phase"] == "pending"
     formation("vm", "delete", "huge", "--yes")

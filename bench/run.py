@@ -1,0 +1,24 @@
+"""`python -m bench.run [create] [idle] [state] [--small]`: figures, one scenario after the other."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+SCENARIOS = {"state": "bench.micro.state_core", "idle": "bench.macro.idle", "create": "bench.macro.create"}
+
+
+def main() -> None:
+    """Run the scenarios named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scenario", nargs="*", choices=[*SCENARIOS, []], help="default: all")
+    parser.add_argument("--small", action="store_true", help="once and short: shows that it still works")
+    arguments = parser.parse_args()
+    for name in arguments.scenario or SCENARIOS:
+        importlib.import_module(SCENARIOS[name]).main(small=arguments.small)
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""`formation events`: what happens in the network, one line an event."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import typer
+
+from formation.cli.context import Cli
+from formation.cli.output import Format, paint, printable, to_json, to_json_line, to_yaml
+from formation.cli.watch import port_texts, short_id
+from formation.core.errors import FormationError, UsageError
+
+# A node may be restarted while somebody watches; one that stays away for longer is worth an exit status.
+ABSENCE_S_MAX = 60.0
+
+EXAMPLES = (
+    "formation events                      everything that this node remembers",
+    "formation events -f                   what happens from now on",
+    "formation events -f --topic vm        only VMs'",
+    "formation events --vm web -o jsonl    one VM's, for programs",
+)
+_TOPICS = Literal["node", "account", "image", "vm", "net"]
+_DETAIL_KEYS = ("reason", "why", "name", "image_name", "hypervisor", "desired", "boot_ms", "pulled_bytes", "label")
+
+
+def show_events(
+    cli: Cli,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens; without --since, from now.")] = False,
+    topic: Annotated[_TOPICS | None, typer.Option("--topic", help="Only this topic.")] = None,
+    trace: Annotated[str | None, typer.Option("--trace", metavar="ID", help="Only what follows from one command.")] = None,
+    object_: Annotated[str | None, typer.Option("--object", metavar="ID", help="Only about this object.")] = None,
+    vm: Annotated[str | None, typer.Option("--vm", metavar="VM", help="Only about this VM.")] = None,
+    since: Annotated[int | None, typer.Option("--since", metavar="POSITION", help="After this position.")] = None,
+) -> None:
+    """Show events. With -f they come as they happen, and the stream is taken up again when the node was away."""
+    from formation.cli.vm import find_vm
+    from formation.cli.wish import node_names
+
+    if since is not None and since < 0:
+        raise UsageError(f"--since: {since} is not a position", hint="a position is the `position` of an event seen before")
+    object_id = str(find_vm(cli, vm)["vm_id"]) if vm else object_
+    query = {key: value for key, value in (("topic", topic), ("trace", trace), ("object", object_id)) if value}
+    names = {str(row.get("vm_id")): str((row.get("spec") or {}).get("name", "")) for row in cli.client.rows("/v1/vms", "vms")}
+    show = _Lines(cli, names | node_names(cli))
+    if not follow:
+        for event in cli.client.events(query | {"follow": "0", "since": str(since or 0)}):
+            if event is not None:
+                show.event(event.kind, event.data)
+        show.end()
+        return
+    _follow(cli, query, "" if since is None else str(since), show)
+
+
+def _follow(cli: Cli, query: dict[str, str], since: str, show: _Lines) -> None:
+    from formation.cli.follow import read_events
+
+    absent_since_s: float | None = None
+    for item in read_events(cli.client, query, threading.Event(), since=since):
+        if isinstance(item, FormationError):
+            now_s = time.monotonic()
+            if not item.retryable or (absent_since_s is None and show.count == 0 and not show.was_open):
+                raise item
+            if absent_since_s is not None and now_s - absent_since_s > ABSENCE_S_MAX:
+                raise item
+            if absent_since_s is None:
+                cli.out.remark("The node does not answer; trying again.")
+                absent_since_s = now_s
+            continue
+        if absent_since_s is not None:
+            cli.out.remark("The node is back.")
+        absent_since_s, show.was_open = None, True
+        if item is not None:
+            show.event(item.kind, item.data)
+
+
+class _Lines:
+    """Writes events in the wanted form."""
+
+    def __init__(self, cli: Cli, names: Mapping[str, str]) -> None:
+        self._cli = cli
+        self._names = names
+        self._all: list[Any] = []
+        self.count = 0
+        self.was_open = False
+
+    def event(self, kind: str, data: Mapping[str, Any]) -> None:
+        """One event, at once; a list that must be closed (JSON, YAML) only grows as far as the node remembers."""
+        self.count += 1
+        out = self._cli.out
+        if kind == "gap":
+            out.remark(f"({data.get('missed', '?')} events were missed here)")
+        elif out.quiet or out.format is Format.NAME:
+            out.line(printable(str(data.get("position", ""))))
+        elif out.format is Format.YAML:
+            out.line(to_yaml([data]))
+        elif out.format is Format.JSON:
+            out.line(to_json_line(data)) if self.was_open else self._all.append(data)
+        elif out.format is Format.JSONL:
+            out.line(to_json_line(data))
+        else:
+            out.line(event_line(data, self._names, color=out.color_out, wide=out.format is Format.WIDE))
+
+    def end(self) -> None:
+        """There is no more."""
+        if self._cli.out.format is Format.JSON and not self._cli.out.quiet:
+            self._cli.out.line(to_json(self._all))
+        elif not self.count:
+            self._cli.out.remark("No events.")
+
+
+def event_line(data: Mapping[str, Any], names: Mapping[str, str], *, color: bool, wide: bool = False) -> str:
+    """`12:03:04.123  vm.ready  vm-…  node2  …`."""
+    at_ms = data.get("at_ms")
+    clock = clock_text(at_ms) if isinstance(at_ms, int) else "-"
+    verb = str(data.get("verb", ""))
+    node_id = str(data.get("node_id", ""))
+    object_id = str(data.get("object_id", ""))
+    known = names.get(object_id) or (object_id if wide else short_id(object_id))
+    parts = [
+        clock,
+        paint(printable(f"{verb:<16}"), verb_style(verb, data), color=color),
+        printable(f"{known:<19}"),
+        printable(f"{names.get(node_id) or short_id(node_id):<10}"),
+        printable(event_detail(data)),
+    ]
+    if wide:
+        parts.insert(0, f"{data.get('position', '')!s:>7}  {data.get('level', ''):<9}")
+    return "  ".join(parts).rstrip()
+
+
+def event_detail(data: Mapping[str, Any]) -> str:
+    """The few fields that a person wants to see at once."""
+    fields = data.get("fields")
+    if not isinstance(fields, Mapping):
+        return ""
+    if data.get("void"):
+        return f"void: {data['void']}"
+    texts = [f"{key}={fields[key]}" for key in _DETAIL_KEYS if fields.get(key) not in (None, "")]
+    return " ".join([*texts, *port_texts(fields)])
+
+
+def verb_style(verb: str, data: Mapping[str, Any]) -> str:
+    """Colour of a verb: good and bad ends, and what has no effect."""
+    if data.get("void"):
+        return "dim"
+    return {"vm.ready": "green", "vm.failed": "red", "vm.stopped": "dim", "vm.gone": "dim"}.get(verb, "")
+
+
+def clock_text(at_ms: int) -> str:
+    """Local time of day, with milliseconds."""
+    return time.strftime("%H:%M:%S", time.localtime(at_ms / 1000)) + f".{at_ms % 1000:03d}"

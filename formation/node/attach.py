@@ -1,0 +1,231 @@
+"""Logs and consoles, also of VMs on other nodes.
+
+A VM's owner may ask any node. Where another node holds the VM, the asked node opens a direct stream to it and passes
+bytes through; the holder serves it only with the owner's *permit*: an intent of verb `vm.attach` for that VM, signed by
+the owner's account, which expires like any intent and never enters the replicated state. So a node can pass a user's
+wish on, and cannot make one up.
+
+On the wire: the asker sends one frame (`AttachRequest`), then what is typed; the holder answers one status frame (empty:
+go on; else an error's array [code, message, hint]), then the guest's bytes until either side ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Literal
+
+import msgspec
+import structlog
+import trio
+
+from formation.core.clock import NS_PER_MS
+from formation.core.codec import decode, encode, verify_ed25519
+from formation.core.errors import ConflictError, DecodeError, DeniedError, FormationError, UnavailableError, error_from_code
+from formation.core.ids import NodeId
+from formation.core.intent import check_intent, parse_intent
+from formation.core.spec import VmRecord
+from formation.node.reads import Reads
+from formation.p2p.service import P2pService
+from formation.p2p.transport import ByteStream
+
+log = structlog.get_logger(__name__)
+
+PROTOCOL = "/formation/attach/1"
+PERMIT_VERB = "vm.attach"
+# A permit is an intent with an empty body: about 250 bytes.
+REQUEST_SIZE_MAX_BYTES = 4 * 1024
+_LENGTH_SIZE_BYTES = 4
+# A holder answers from memory, over a link that stands.
+ANSWER_TIMEOUT_S = 10.0
+CHUNK_SIZE_BYTES = 16 * 1024
+# Each follows a console or log for as long as a person looks at it.
+SESSION_COUNT_MAX = 64
+
+
+class AttachRequest(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """What the asker wants of the holder; array of four."""
+
+    kind: Literal["logs", "console"]
+    tail_lines: int
+    follow: bool
+    permit: bytes
+    """The owner's signed intent."""
+
+
+class Attach:
+    """Serves this node's VMs to other nodes, and asks other nodes for theirs."""
+
+    def __init__(self, *, reads: Reads, p2p: P2pService) -> None:
+        self._reads = reads
+        self._p2p = p2p
+        self._sessions = 0
+        self._typing: dict[str, ByteStream] = {}
+        p2p.serve_stream(PROTOCOL, self._serve)
+
+    @asynccontextmanager
+    async def open(self, vm: VmRecord, request: AttachRequest) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The bytes of a log or console, from here or from the node that holds the VM.
+
+        Raises:
+          ConflictError: not placed yet, or not running.
+          DeniedError: it is held elsewhere, and the permit is missing or not the owner's.
+          UnavailableError: the holder does not answer.
+        """
+        if vm.placement is None:
+            raise ConflictError(f"{vm.spec.name} has not been placed on a node yet", hint=f"formation vm show {vm.spec.name}")
+        if vm.placement.node_id == self._reads.node_id:
+            async with self._open_here(vm.vm_id, request) as chunks:
+                yield chunks
+            return
+        if not request.permit:
+            raise DeniedError(
+                f"{vm.spec.name} runs on another node, which wants its owner's signature",
+                hint="use the account that made it: FORMATION_ACCOUNT_KEY",
+            )
+        stream = await self._ask(NodeId(vm.placement.node_id), request)
+        try:
+            if request.kind == "console":
+                self._typing[vm.vm_id] = stream
+            yield _chunks(stream)
+        finally:
+            if self._typing.get(vm.vm_id) is stream:
+                del self._typing[vm.vm_id]
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await stream.aclose()
+
+    async def type(self, vm: VmRecord, data: bytes) -> None:
+        """Type into a VM's console; into another node's through the console that is open here.
+
+        Raises:
+          ConflictError: the VM is not running here, and no console of it is open.
+        """
+        if vm.placement is not None and vm.placement.node_id == self._reads.node_id:
+            await self._reads.vmm.write_console(vm.vm_id, data)
+            return
+        stream = self._typing.get(vm.vm_id)
+        if stream is None:
+            raise ConflictError(f"no console of {vm.spec.name} is open", hint=f"formation vm console {vm.spec.name}")
+        await stream.send_all(data)
+
+    @asynccontextmanager
+    async def _open_here(self, vm_id: str, request: AttachRequest) -> AsyncIterator[AsyncIterator[bytes]]:
+        vmm = self._reads.vmm
+        if request.kind == "logs":
+            yield _log(await vmm.read_log(vm_id, request.tail_lines), vmm.follow_log(vm_id) if request.follow else None)
+            return
+        console = await vmm.open_console(vm_id)
+        try:
+            yield _chunks(console)
+        finally:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await console.aclose()
+
+    async def _ask(self, holder: NodeId, request: AttachRequest) -> ByteStream:
+        stream = await self._p2p.open_stream(holder, PROTOCOL)
+        try:
+            with trio.fail_after(ANSWER_TIMEOUT_S):
+                await _send_frame(stream, encode(request))
+                answer = await _receive_frame(stream)
+            if answer:
+                code, message, hint = decode(answer, tuple[str, str, str], what="attach answer")
+                raise error_from_code(code, message, hint)
+        except trio.TooSlowError as exc:
+            await stream.aclose()
+            name = self._reads.node_name(holder)
+            raise UnavailableError(f"node {name} does not answer", hint="formation status") from exc
+        except BaseException:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await stream.aclose()
+            raise
+        return stream
+
+    async def _serve(self, asker: NodeId, stream: ByteStream) -> None:
+        if self._sessions >= SESSION_COUNT_MAX:
+            await _refuse(stream, UnavailableError("too many consoles and logs are open on that node", hint="close one"))
+            return
+        self._sessions += 1
+        try:
+            with trio.fail_after(ANSWER_TIMEOUT_S):
+                request = decode(await _receive_frame(stream), AttachRequest)
+            vm = self._permitted(request)
+            async with self._open_here(vm.vm_id, request) as chunks:
+                await _send_frame(stream, b"")
+                await self._copy(vm.vm_id, request, chunks, stream)
+        except FormationError as exc:
+            log.info("attach.refused", asker=asker, reason=exc.message)
+            await _refuse(stream, exc)
+        except trio.TooSlowError:
+            log.info("attach.refused", asker=asker, reason="no request in time")
+        finally:
+            self._sessions -= 1
+
+    def _permitted(self, request: AttachRequest) -> VmRecord:
+        """The VM that the permit is for, if its owner signed it and we hold it."""
+        permit = parse_intent(request.permit)
+        now_ms = self._reads.clock.now_ns() // NS_PER_MS
+        check_intent(verify_ed25519, permit, network_id=self._reads.manifest.network_id, now_ms=now_ms)
+        vm = self._reads.find_vm(permit.intent.object_id)
+        if permit.intent.verb != PERMIT_VERB or permit.account_id != vm.owner:
+            raise DeniedError(f"only its owner may look into {vm.spec.name}", hint="use the account that made it")
+        if vm.placement is None or vm.placement.node_id != self._reads.node_id:
+            raise ConflictError(f"{vm.spec.name} is not on this node any more", hint="try again")
+        return vm
+
+    async def _copy(self, vm_id: str, request: AttachRequest, chunks: AsyncIterator[bytes], stream: ByteStream) -> None:
+        async def type_in() -> None:
+            try:
+                while data := await stream.receive_some(CHUNK_SIZE_BYTES):
+                    if request.kind == "console":
+                        await self._reads.vmm.write_console(vm_id, data)
+            except FormationError as exc:
+                log.debug("attach.ended", vm_id=vm_id, reason=exc.message)
+            # The asker went: stop following.
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(type_in)
+            async for chunk in chunks:
+                await stream.send_all(chunk)
+            nursery.cancel_scope.cancel()
+
+
+async def _log(tail: bytes, follow: AsyncIterator[bytes] | None) -> AsyncIterator[bytes]:
+    yield tail
+    if follow is not None:
+        async for chunk in follow:
+            yield chunk
+
+
+async def _chunks(stream: ByteStream) -> AsyncIterator[bytes]:
+    while chunk := await stream.receive_some(CHUNK_SIZE_BYTES):
+        yield chunk
+
+
+async def _send_frame(stream: ByteStream, payload: bytes) -> None:
+    await stream.send_all(len(payload).to_bytes(_LENGTH_SIZE_BYTES, "big") + payload)
+
+
+async def _receive_frame(stream: ByteStream) -> bytes:
+    length = int.from_bytes(await _receive_exactly(stream, _LENGTH_SIZE_BYTES), "big")
+    if length > REQUEST_SIZE_MAX_BYTES:
+        raise DecodeError(f"attach: frame of {length} bytes, the limit is {REQUEST_SIZE_MAX_BYTES}")
+    return await _receive_exactly(stream, length)
+
+
+async def _receive_exactly(stream: ByteStream, size_bytes: int) -> bytes:
+    data = bytearray()
+    while len(data) < size_bytes:
+        chunk = await stream.receive_some(size_bytes - len(data))
+        if not chunk:
+            raise UnavailableError("the other node closed the stream", hint="try again")
+        data += chunk
+    return bytes(data)
+
+
+async def _refuse(stream: ByteStream, error: FormationError) -> None:
+    try:
+        with trio.fail_after(ANSWER_TIMEOUT_S):
+            await _send_frame(stream, encode([error.code, error.message[:1000], error.hint[:1000]]))
+    except (FormationError, trio.TooSlowError):
+        log.debug("attach.refusal_unsent", reason=error.message)

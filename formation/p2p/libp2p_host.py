@@ -1,0 +1,390 @@
+"""The adapter: a libp2p host as a Transport. TCP, Noise and Yamux only.
+
+Rules: (1) every await on the library is bounded by a time; (2) its exceptions become the port's or are logged, and
+never end the node: if the host itself fails, it is made anew on the same addresses; (3) the library is imported only
+here and in the `libp2p_*` files beside.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+import trio
+from libp2p.abc import INotifee
+from multiaddr import Multiaddr  # type: ignore[import-untyped]
+
+from formation.core.errors import HostError, UnavailableError, UsageError
+from formation.core.ids import NodeId
+from formation.core.keys import KeyPair
+from formation.p2p.libp2p_gossip import running_gossip
+from formation.p2p.libp2p_kad import Kad
+from formation.p2p.libp2p_patches import apply_patches
+from formation.p2p.libp2p_setup import check_free, dial_address, listen_address, make_host, parse_address, parse_id
+from formation.p2p.libp2p_stream import Libp2pStream
+from formation.p2p.serving import serve_one
+from formation.p2p.transport import (
+    GOSSIP_SIZE_MAX_BYTES,
+    ByteStream,
+    ConnectionCallback,
+    Deliver,
+    StreamHandler,
+    TaskStatus,
+    TransportStatistics,
+    Validate,
+    Verdict,
+)
+
+# One address: SYN, noise and yamux take 4 round trips; the slowest links of a fog have 300 ms.
+DIAL_TIMEOUT_S = 5.0
+OPEN_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 2.0
+# How often subscriptions are told again; it heals one-way silence after a peer moved (measured: 9 s).
+ANNOUNCE_INTERVAL_S = 5.0
+ADDRESS_TTL_S = 24 * 3600
+RESTART_DELAY_S = 1.0
+# A host that fails this often in a row will not get better by itself.
+RESTART_COUNT_MAX = 10
+RESTART_FORGIVEN_AFTER_S = 60.0
+
+_logger = structlog.get_logger(__name__)
+
+
+def make_libp2p_transport(key: KeyPair, listen: Sequence[str], *, announce: Sequence[str] = ()) -> Libp2pTransport:
+    """A transport that listens on multiaddrs such as `/ip4/0.0.0.0/tcp/4700` (port 0: any free one).
+
+    Args:
+      announce: multiaddrs to tell others instead of those listened on (behind NAT, or when listening on all interfaces).
+
+    Raises:
+      HostError: another version of libp2p is installed.
+      UsageError: an address is not an IP multiaddr with TCP.
+    """
+    apply_patches()
+    # Importing the library cuts its logger off from ours and fills stderr; what matters of it we log ourselves.
+    library_logger = logging.getLogger("libp2p")
+    library_logger.propagate = True
+    library_logger.setLevel(logging.CRITICAL)
+    return Libp2pTransport(key, [listen_address(a) for a in listen], [parse_address(a) for a in announce])
+
+
+class Libp2pTransport:
+    """See Transport."""
+
+    def __init__(self, key: KeyPair, listen: Sequence[Multiaddr], announce: Sequence[Multiaddr]) -> None:
+        self._key = key
+        self._node_id = key.node_id
+        self._listen = list(listen)
+        self._announce = list(announce)
+        self._handlers: dict[str, StreamHandler] = {}
+        self._topics: dict[str, tuple[Validate, Deliver]] = {}
+        self._callbacks: list[ConnectionCallback] = []
+        self._up: set[NodeId] = set()
+        self._host: Any = None
+        self._gossip: Any = None
+        self._kad: Kad | None = None
+        self._nursery: trio.Nursery | None = None
+        self._stream_failed_count = 0
+        self._published_count = 0
+        self._delivered_count = 0
+        self._rejected_count = 0
+        self._ignored_count = 0
+
+    @property
+    def node_id(self) -> NodeId:
+        """See Transport."""
+        return self._node_id
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: TaskStatus[tuple[str, ...]] = trio.TASK_STATUS_IGNORED) -> None:
+        """See Transport."""
+        check_free(self._listen)
+        restart_count = 0
+        status: TaskStatus[tuple[str, ...]] = task_status
+        while True:
+            started_at = trio.current_time()
+            try:
+                await self._run_host(status)
+            except Exception as exc:
+                if (own := _own_error(exc)) is not None:
+                    raise own from exc
+                restart_count = 1 if trio.current_time() - started_at > RESTART_FORGIVEN_AFTER_S else restart_count + 1
+                _logger.error("libp2p host failed, starting anew", restart_count=restart_count, exc_info=exc)
+                if restart_count > RESTART_COUNT_MAX:
+                    raise HostError("libp2p fails again and again", hint="see the log for its last error") from exc
+            # From now on `started` has been called; a new host listens on the ports that the first one got.
+            status = trio.TASK_STATUS_IGNORED
+            await trio.sleep(RESTART_DELAY_S)
+
+    async def _run_host(self, task_status: TaskStatus[tuple[str, ...]]) -> None:
+        host = self._host = make_host(self._key, self._listen, self._announce)
+        for protocol, handler in self._handlers.items():
+            host.set_stream_handler(protocol, self._stream_handler(handler))
+        host.get_network().register_notifee(_Notifee(self))
+        try:
+            async with host.run(self._listen):
+                self._listen = self._listening_on(host)
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    try:
+                        self._kad = Kad(host)
+                        nursery.start_soon(self._kad.run)
+                        await nursery.start(self._keep_gossip, host)
+                        task_status.started(tuple(str(address) for address in self._listen))
+                        await trio.sleep_forever()
+                    finally:
+                        self._nursery = None
+                        await self._close_host(host)
+        finally:
+            self._host = None
+            for node_id in list(self._up):
+                self.note_connection(node_id, False)
+
+    def _listening_on(self, host: Any) -> list[Multiaddr]:
+        addresses = list(host.get_transport_addrs())
+        if len(addresses) < len(self._listen):
+            wanted = ", ".join(str(address) for address in self._listen)
+            raise HostError(f"cannot listen on {wanted}", hint="is the address one of this host, and the port free?")
+        return addresses
+
+    async def _close_host(self, host: Any) -> None:
+        """Close all sockets, then the host: leaving `host.run` alone leaves them open."""
+        with trio.move_on_after(CLOSE_TIMEOUT_S) as scope:
+            scope.shield = True
+            try:
+                # Connections first and at once: the library closes them one by one with 0.2 s of sleep for each.
+                async with trio.open_nursery() as nursery:
+                    for connection in host.get_network().get_connections():
+                        nursery.start_soon(_close_connection, connection)
+                await host.close()
+            except Exception as exc:  # noqa: BLE001 - the end is near in any case
+                _logger.debug("host close failed", error=repr(exc))
+
+    async def _keep_gossip(self, host: Any, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        status: TaskStatus[None] = task_status
+        while True:
+            try:
+                async with running_gossip(host, self._take_message, self._topics) as gossip:
+                    self._gossip = gossip
+                    status.started(None)
+                    while True:
+                        await trio.sleep(ANNOUNCE_INTERVAL_S)
+                        gossip.announce_again()
+            except Exception as exc:
+                _logger.error("gossip failed, starting anew", exc_info=exc)
+            finally:
+                self._gossip = None
+            status = trio.TASK_STATUS_IGNORED
+            await trio.sleep(RESTART_DELAY_S)
+
+    # --- peers -------------------------------------------------------------------------------------------------------
+
+    async def dial(self, node_id: NodeId, addresses: Sequence[str]) -> None:
+        """See Transport."""
+        host, peer_id = self._running_host(), parse_id(node_id)
+        tried: list[str] = []
+        for text in addresses:
+            if node_id in self.connected():
+                return
+            try:
+                address = dial_address(text, node_id)
+                with trio.fail_after(DIAL_TIMEOUT_S):
+                    await host.get_network().dial_addr(address, peer_id)
+            except Exception as exc:  # noqa: BLE001 - the library raises all kinds; each means: try the next address
+                tried.append(f"{text} ({_reason(exc)})")
+                continue
+            host.get_peerstore().add_addrs(peer_id, [address], ADDRESS_TTL_S)
+            host._schedule_identify(peer_id, reason="connect")
+            return
+        raise UnavailableError(
+            f"cannot reach {node_id}: " + ("; ".join(tried) if tried else "no address is known"),
+            hint="is that node running, and its address right?",
+        )
+
+    def connected(self) -> frozenset[NodeId]:
+        """See Transport."""
+        if self._host is None:
+            return frozenset()
+        connections = self._host.get_network().connections
+        return frozenset(
+            NodeId(peer_id.to_base58()) for peer_id, several in connections.items() if any(not c.is_closed for c in several)
+        )
+
+    async def close_peer(self, node_id: NodeId) -> None:
+        """See Transport."""
+        if self._host is None:
+            return
+        for connection in self._host.get_network().get_connections(parse_id(node_id)):
+            # The socket now, the bookkeeping (0.2 s) by another task.
+            await _close_socket(connection)
+            if self._nursery is not None:
+                self._nursery.start_soon(_close_connection, connection)
+
+    def on_connection(self, callback: ConnectionCallback) -> None:
+        """See Transport."""
+        self._callbacks.append(callback)
+
+    def note_connection(self, node_id: NodeId, is_up: bool) -> None:
+        """A first connection came or a last one went (called by the library's notifee)."""
+        if is_up == (node_id in self._up):
+            return
+        if is_up:
+            self._up.add(node_id)
+        else:
+            self._up.discard(node_id)
+        for callback in self._callbacks:
+            callback(node_id, is_up)
+        if is_up and self._nursery is not None and self._kad is not None:
+            self._nursery.start_soon(self._kad.add_peer, node_id)
+
+    async def find_addresses(self, node_id: NodeId) -> tuple[str, ...]:
+        """See Transport."""
+        self._running_host()
+        return () if self._kad is None else await self._kad.find_addresses(node_id)
+
+    # --- streams -----------------------------------------------------------------------------------------------------
+
+    async def open_stream(self, node_id: NodeId, protocol: str) -> ByteStream:
+        """See Transport."""
+        host, peer_id = self._running_host(), parse_id(node_id)
+        # Asked for first, because the library would dial by itself.
+        if node_id not in self.connected():
+            raise UnavailableError(f"not connected to {node_id}", hint="is that node running?")
+        try:
+            with trio.fail_after(OPEN_TIMEOUT_S):
+                return Libp2pStream(await host.new_stream(peer_id, [protocol]), node_id)
+        except Exception as exc:
+            raise UnavailableError(
+                f"{node_id} opens no stream for {protocol}: {_reason(exc)}", hint="it may run another version, or be stopping"
+            ) from exc
+
+    def serve_stream(self, protocol: str, handler: StreamHandler) -> None:
+        """See Transport."""
+        self._handlers[protocol] = handler
+        if self._host is not None:
+            self._host.set_stream_handler(protocol, self._stream_handler(handler))
+
+    def _stream_handler(self, handler: StreamHandler) -> Any:
+        async def handle(library_stream: Any) -> None:
+            node_id = NodeId(library_stream.muxed_conn.peer_id.to_base58())
+            if not await serve_one(handler, node_id, Libp2pStream(library_stream, node_id)):
+                self._stream_failed_count += 1
+
+        return handle
+
+    # --- gossip ------------------------------------------------------------------------------------------------------
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """See Transport."""
+        if len(data) > GOSSIP_SIZE_MAX_BYTES:
+            raise UsageError(f"gossip of {len(data)} bytes, {GOSSIP_SIZE_MAX_BYTES} allowed", hint="send it as a stream")
+        self._published_count += 1
+        if self._gossip is None:  # being made anew; gossip may be lost at any time
+            await trio.lowlevel.checkpoint()
+            return
+        try:
+            await self._gossip.publish(topic, data)
+        except Exception as exc:
+            _logger.warning("gossip not published", topic=topic, exc_info=exc)
+
+    def subscribe(self, topic: str, validate: Validate, deliver: Deliver) -> None:
+        """See Transport."""
+        assert topic not in self._topics
+        self._topics[topic] = (validate, deliver)
+        if self._gossip is not None and self._nursery is not None:
+            self._nursery.start_soon(self._subscribe_soon, topic)
+
+    async def _subscribe_soon(self, topic: str) -> None:
+        try:
+            if self._gossip is not None:
+                await self._gossip.subscribe(topic)
+        except Exception as exc:
+            _logger.error("subscribe failed", topic=topic, exc_info=exc)
+
+    def _take_message(self, topic: str, author: NodeId, data: bytes) -> Verdict:
+        validate, deliver = self._topics[topic]
+        verdict = validate(author, data)
+        if verdict is Verdict.ACCEPT:
+            self._delivered_count += 1
+            deliver(author, data)
+        elif verdict is Verdict.REJECT:
+            self._rejected_count += 1
+        else:
+            self._ignored_count += 1
+        return verdict
+
+    def statistics(self) -> TransportStatistics:
+        """See Transport."""
+        return TransportStatistics(
+            connection_count=0 if self._host is None else len(self._host.get_network().get_connections()),
+            stream_failed_count=self._stream_failed_count,
+            gossip_published_count=self._published_count,
+            gossip_delivered_count=self._delivered_count,
+            gossip_rejected_count=self._rejected_count,
+            gossip_ignored_count=self._ignored_count,
+        )
+
+    def _running_host(self) -> Any:
+        if self._host is None or self._nursery is None:
+            raise UnavailableError("the network is not running", hint="it may be starting; try again")
+        return self._host
+
+
+class _Notifee(INotifee):  # type: ignore[misc] # the library is untyped here
+    """Turns the library's events per connection into ours per peer."""
+
+    def __init__(self, transport: Libp2pTransport) -> None:
+        self._transport = transport
+
+    async def connected(self, network: Any, conn: Any) -> None:
+        self._transport.note_connection(NodeId(conn.muxed_conn.peer_id.to_base58()), True)
+
+    async def disconnected(self, network: Any, conn: Any) -> None:
+        peer_id = conn.muxed_conn.peer_id
+        if all(other.is_closed for other in network.get_connections(peer_id)):
+            self._transport.note_connection(NodeId(peer_id.to_base58()), False)
+
+    async def opened_stream(self, network: Any, stream: Any) -> None:
+        pass
+
+    async def closed_stream(self, network: Any, stream: Any) -> None:
+        pass
+
+    async def listen(self, network: Any, multiaddr: Any) -> None:
+        pass
+
+    async def listen_close(self, network: Any, multiaddr: Any) -> None:
+        pass
+
+
+async def _close_socket(connection: Any) -> None:
+    try:
+        await connection.muxed_conn.secured_conn.close()
+    except Exception as exc:  # noqa: BLE001 - closing what is broken already
+        _logger.debug("socket close failed", error=repr(exc))
+
+
+async def _close_connection(connection: Any) -> None:
+    with trio.move_on_after(CLOSE_TIMEOUT_S):
+        await _close_socket(connection)
+        try:
+            await connection.close()
+        except Exception as exc:  # noqa: BLE001 - closing what is broken already
+            _logger.debug("connection close failed", error=repr(exc))
+
+
+def _own_error(exc: BaseException) -> HostError | None:
+    """The HostError inside the library's nested groups, if there is one."""
+    if isinstance(exc, BaseExceptionGroup):
+        return next((own for inner in exc.exceptions if (own := _own_error(inner)) is not None), None)
+    return exc if isinstance(exc, HostError) else None
+
+
+def _reason(exc: BaseException) -> str:
+    """The innermost cause, which is the one that tells something."""
+    while exc.__cause__ is not None:
+        exc = exc.__cause__
+    return "no answer in time" if isinstance(exc, trio.TooSlowError) else (str(exc)[:120] or type(exc).__name__)

@@ -1,0 +1,189 @@
+"""Corrections to libp2p 0.8.1, applied once, before the first host is made.
+
+Each patch says its symptom, the cause in the library and our cure. They replace private methods, so they hold for
+exactly one version: `apply_patches` refuses any other. To move to a newer one: run the tests marked `net` without
+`apply_patches`; a patch whose symptom test passes then is no longer needed.
+
+What is cured by other means: gossip messages in `libp2p_gossip` (a subclass), dialling in `libp2p_host` (it avoids
+`dial_peer`, with its 250 ms wait, one address per transport and 60 s of silence after a failure).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+from typing import Any
+
+import trio
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.swarm import Swarm
+from libp2p.pubsub import gossipsub, pubsub, rpc_queue
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.tools.anyio_service.trio_manager import TrioManager
+
+from formation.core.errors import HostError
+from formation.p2p.libp2p_yamux import close_quietly, patch_yamux
+
+LIBP2P_VERSION = "0.8.1"
+KAD_PROTOCOL = "/formation/kad/1"
+_KAD_MODULES = ("common", "kad_dht", "peer_routing", "value_store", "provider_store")
+
+# Inbound streams of one connection: links, gossip, kad and 32 requests are far below; each may hold a window of memory.
+STREAMS_PER_CONNECTION_MAX = 128
+# Outbound gossip RPCs waiting for one peer; the library's 32 lost a third of the messages at 50 per second.
+GOSSIP_QUEUE_COUNT_MAX = 4096
+READ_SIZE_BYTES = 256 * 1024
+
+_logger = logging.getLogger(__name__)
+_applied = False
+
+
+def apply_patches() -> None:
+    """Patch the library; again is harmless.
+
+    Raises:
+      HostError: another version of libp2p is installed.
+    """
+    global _applied
+    check_version(importlib.metadata.version("libp2p"))
+    if _applied:
+        return
+    _patch_connections()
+    patch_yamux()
+    _patch_gossip()
+    _patch_kad()
+    _applied = True
+
+
+def check_version(version: str) -> None:
+    """Refuse a version that the patches were not made for.
+
+    Raises:
+      HostError: it is not LIBP2P_VERSION.
+    """
+    if version != LIBP2P_VERSION:
+        raise HostError(
+            f"libp2p {version} is installed, formation works with {LIBP2P_VERSION} only",
+            hint=f"pip install libp2p=={LIBP2P_VERSION}",
+        )
+
+
+# --- connections -----------------------------------------------------------------------------------------------------
+
+
+def _patch_connections() -> None:
+    Swarm._do_handle_inbound_connection = _handle_inbound_connection
+    SwarmConn._handle_muxed_stream = _guard_stream_handler(SwarmConn._handle_muxed_stream)
+    TrioManager._find_parent_task = _find_no_parent_task
+    TrioTCPStream.read = _read_tcp
+
+
+async def _handle_inbound_connection(self: Any, read_write_closer: Any, maddr: Any, failure_event: Any) -> None:
+    """Symptom: deaf after 250 inbound connections, one task more for each.
+
+    Cause: the handler waits for the end of the swarm, holding its inbound slot. Cure: wait for the connection's end.
+    """
+    connection = RawConnection(read_write_closer, False)
+    try:
+        muxed = await self.upgrade_inbound_raw_conn(connection, maddr)
+        await muxed.event_closed.wait()
+    except Exception as exc:  # noqa: BLE001 - whatever a stranger's handshake provokes ends that connection only
+        _logger.debug("inbound connection failed: %r", exc)
+    finally:
+        with trio.move_on_after(1) as scope:
+            scope.shield = True
+            await close_quietly(connection)
+
+
+def _guard_stream_handler(handle: Any) -> Any:
+    """Symptom: garbage on a new stream (bad UTF-8 in multistream, a malformed gossip RPC) ends the process.
+
+    Cause: an exception in a stream's handler travels up to the swarm's nursery. Cure: it resets that stream.
+    Streams beyond a limit per connection are reset unread, too.
+    """
+
+    async def handle_guarded(self: Any, stream: Any) -> None:
+        try:
+            if len(self.streams) >= STREAMS_PER_CONNECTION_MAX:
+                await stream.reset()
+                return
+            await handle(self, stream)
+        except Exception as exc:  # noqa: BLE001 - supervision boundary of one stream
+            _logger.debug("stream of %s failed: %r", self.muxed_conn.peer_id, exc)
+            with trio.move_on_after(1) as scope:
+                scope.shield = True
+                try:
+                    await stream.reset()
+                except Exception as reset_exc:  # noqa: BLE001 - its connection is gone
+                    _logger.debug("reset failed: %r", reset_exc)
+
+    return handle_guarded
+
+
+def _find_no_parent_task(self: Any, task: Any) -> None:
+    """Symptom: cost per gossip message grows with the number of living tasks.
+
+    Cause: `run_task` searches them all for its parent, for statistics. Cure: every task is a root task.
+    """
+
+
+async def _read_tcp(self: Any, n: int | None = None) -> bytes:
+    """Symptom: two system calls per Noise message. Cause: it reads 2 bytes of length, then the body. Cure: a buffer."""
+    if n == 0:
+        return b""
+    async with self.read_lock:
+        buffer: bytes = self.__dict__.get("_unread", b"")
+        start: int = self.__dict__.get("_unread_start", 0)
+        if start >= len(buffer):
+            try:
+                buffer, start = await self.stream.receive_some(READ_SIZE_BYTES), 0
+            except trio.BrokenResourceError as exc:
+                raise ConnectionClosedError(f"TCP connection reset: {exc}", transport="tcp") from exc
+            except trio.ClosedResourceError:
+                return b""
+        end = len(buffer) if n is None else min(len(buffer), start + n)
+        self._unread, self._unread_start = (buffer, end) if end < len(buffer) else (b"", 0)
+        return buffer[start:end]
+
+
+# --- gossip and kad --------------------------------------------------------------------------------------------------
+
+
+class _LongQueue(rpc_queue.RpcQueue):  # type: ignore[misc] # the library is untyped here
+    """Symptom: bursts are lost. Cause: 32 RPCs per peer. Cure: GOSSIP_QUEUE_COUNT_MAX."""
+
+    def __init__(self) -> None:
+        super().__init__(max_size=GOSSIP_QUEUE_COUNT_MAX)
+
+
+class _NoPubsub:
+    """Symptom: a signed address record is built for and checked from every RPC.
+
+    Cause: gossipsub attaches it if `isinstance(pubsub, Pubsub)`. Cure: its name stands for this class; the first RPC
+    on a stream, made by pubsub itself, still carries the record.
+    """
+
+
+def _patch_gossip() -> None:
+    pubsub.RpcQueue = _LongQueue
+    gossipsub.Pubsub = _NoPubsub
+    gossipsub.GossipSub._emit_control_msgs = _emit_control_msgs
+
+
+async def _emit_control_msgs(self: Any, to_graft: Any, to_prune: Any, to_gossip: Any) -> None:
+    """Symptom: asymmetric meshes with several topics. Cause: one peer's GRAFTs are sent to the next, too. Cure: apart."""
+    for peer in {*to_graft, *to_prune, *to_gossip}:
+        ihaves = [rpc_pb2.ControlIHave(messageIDs=ids, topicID=topic) for topic, ids in to_gossip.get(peer, {}).items()]
+        grafts = [rpc_pb2.ControlGraft(topicID=topic) for topic in to_graft.get(peer, ())]
+        prunes = [rpc_pb2.ControlPrune(topicID=topic, backoff=self.prune_back_off) for topic in to_prune.get(peer, ())]
+        await self.emit_control_message(self.pack_control_msgs(ihaves, grafts, prunes), peer)
+
+
+def _patch_kad() -> None:
+    """Symptom: our nodes join the public DHT. Cause: `protocol_prefix` is not used on the wire. Cure: our own id."""
+    for name in _KAD_MODULES:
+        importlib.import_module(f"libp2p.kad_dht.{name}").PROTOCOL_ID = KAD_PROTOCOL  # type: ignore[attr-defined]

@@ -1,0 +1,135 @@
+"""Making a libp2p host, and the addresses it is told: what does not change while it runs."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from libp2p import new_host
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.peer.id import ID
+from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as Noise
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from libp2p.stream_muxer.yamux.yamux import Yamux
+from multiaddr import Multiaddr  # type: ignore[import-untyped]
+
+from formation.core.errors import HostError, UsageError
+from formation.core.ids import NodeId
+from formation.core.keys import KeyPair
+
+# Connections, both directions: the file descriptors and 90 KB of memory that each costs stay within a small host.
+CONNECTION_COUNT_MAX = 512
+STREAM_COUNT_MAX = 16_384
+
+
+def make_host(key: KeyPair, listen: Sequence[Multiaddr], announce: Sequence[Multiaddr]) -> Any:
+    """A libp2p host that does not run yet: TCP, Noise and Yamux only, and limits of ours."""
+    key_pair = create_new_key_pair(key.seed)
+    host = new_host(
+        key_pair=key_pair,
+        listen_addrs=list(listen),
+        announce_addrs=list(announce) or None,
+        # None would offer SECIO and plaintext, too: with plaintext a peer takes any identity.
+        sec_opt={NOISE: Noise(key_pair, noise_privkey=create_x25519_key_pair().private_key)},
+        muxer_opt={YAMUX: Yamux},
+        # The defaults limit to 10 connections per second, shrink limits under load, and keep statistics of all.
+        resource_manager=ResourceManager(
+            limits=ResourceLimits(max_connections=2 * CONNECTION_COUNT_MAX, max_streams=STREAM_COUNT_MAX),
+            enable_rate_limiting=False,
+            enable_circuit_breaker=False,
+            enable_graceful_degradation=False,
+            enable_metrics=False,
+            enable_connection_tracking=False,
+        ),
+        connection_config=ConnectionConfig(
+            max_connections=CONNECTION_COUNT_MAX, min_connections=0, low_watermark=0, high_watermark=CONNECTION_COUNT_MAX
+        ),
+    )
+    network = host.get_network()
+    network.retry_config = RetryConfig(max_retries=0)
+    network.auto_connector = _NoAutoConnector()
+    return host
+
+
+class _NoAutoConnector:
+    """The library's own dials everything that it has ever heard of; `discovery` does that for us."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def run_background_task(self, nursery: Any) -> None: ...
+
+    async def maybe_connect(self) -> None: ...
+
+
+def parse_id(node_id: NodeId) -> Any:
+    """The library's form of a node id.
+
+    Raises:
+      UsageError: it is none.
+    """
+    try:
+        return ID.from_base58(node_id)
+    except ValueError as exc:
+        raise UsageError(f"{node_id!r} is not a node id", hint="a node id looks like 12D3KooW…") from exc
+
+
+def parse_address(text: str) -> Multiaddr:
+    """A multiaddr with TCP.
+
+    Raises:
+      UsageError: it is none.
+    """
+    try:
+        address = Multiaddr(text)
+        address.value_for_protocol("tcp")
+    except Exception as exc:
+        raise UsageError(f"{text!r} is not a TCP multiaddr", hint="write /ip4/192.0.2.1/tcp/4700") from exc
+    return address
+
+
+def listen_address(text: str) -> Multiaddr:
+    """A multiaddr to listen on: an IP address and a TCP port.
+
+    Raises:
+      UsageError: it is none.
+    """
+    address = parse_address(text)
+    if next(iter(address.protocols())).name not in ("ip4", "ip6"):
+        raise UsageError(f"{text!r}: cannot listen on a name", hint="write /ip4/0.0.0.0/tcp/4700")
+    return address
+
+
+def dial_address(text: str, node_id: NodeId) -> Multiaddr:
+    """A multiaddr to dial; its last part may be the peer's id.
+
+    Raises:
+      UsageError: it is none.
+    """
+    return parse_address(text.removesuffix(f"/p2p/{node_id}"))
+
+
+def check_free(addresses: Sequence[Multiaddr]) -> None:
+    """Refuse a port that another process listens on: the library sets SO_REUSEPORT and would share it silently.
+
+    Raises:
+      HostError: it is taken, or not an address of this host.
+    """
+    for address in addresses:
+        protocol = next(iter(address.protocols())).name
+        family = socket.AF_INET6 if protocol == "ip6" else socket.AF_INET
+        host, port = address.value_for_protocol(protocol), int(address.value_for_protocol("tcp"))
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as exc:
+                raise HostError(
+                    f"cannot listen on {address}: {exc.strerror}", hint="is another node running here? choose another port"
+                ) from exc

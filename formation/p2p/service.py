@@ -1,0 +1,226 @@
+"""The one door to the network for the rooms above.
+
+It wires the shells of this room around one transport and one table of peers, and starts them in one nursery:
+discovery keeps known peers connected, links keep a direct stream to each voter, requests and streams go to any peer,
+gossip to whoever listens. What must travel up (a frame, a request, a message) travels by the handlers set here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import structlog
+import trio
+
+from formation.core.ids import NodeId
+from formation.p2p.discovery import Discovery
+from formation.p2p.frames import FRAME_SIZE_MAX_BYTES
+from formation.p2p.link import FrameHandler, Links
+from formation.p2p.presence import Presence
+from formation.p2p.publisher import Publisher
+from formation.p2p.requests import RequestHandler, Requests
+from formation.p2p.router import PeerState, PeerTable
+from formation.p2p.subscriber import Subscriber
+from formation.p2p.transport import (
+    ByteStream,
+    ConnectionCallback,
+    Deliver,
+    StreamHandler,
+    TaskStatus,
+    Transport,
+    Validate,
+    Verdict,
+)
+
+__all__ = [
+    "FRAME_SIZE_MAX_BYTES",
+    "ByteStream",
+    "FrameHandler",
+    "P2pService",
+    "P2pStatistics",
+    "PeerState",
+    "RequestHandler",
+    "StreamHandler",
+    "Transport",
+    "Verdict",
+]
+
+_logger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class P2pStatistics:
+    """Counters since start, and gauges."""
+
+    peer_connected_count: int
+    link_count: int
+    frame_sent_count: int
+    frame_dropped_count: int
+    frame_received_count: int
+    frame_fault_count: int
+    request_sent_count: int
+    request_served_count: int
+    request_refused_count: int
+    stream_failed_count: int
+    gossip_published_count: int
+    gossip_delivered_count: int
+    gossip_rejected_count: int
+    gossip_ignored_count: int
+
+
+class P2pService:
+    """Peers, links, requests, streams and gossip of one node.
+
+    Args:
+      transport: not running yet; `run` runs it.
+      known_peers: multiaddrs by peer, kept connected from `run` on; ourselves among them are ignored.
+      linked: the voters, with each of which a link is kept; ourselves among them are ignored.
+      rng: for the jitter of waits.
+    """
+
+    def __init__(
+        self,
+        *,
+        transport: Transport,
+        known_peers: Mapping[NodeId, tuple[str, ...]],
+        linked: frozenset[NodeId],
+        rng: random.Random,
+    ) -> None:
+        self._transport = transport
+        self._presence = Presence()
+        self._table = PeerTable(transport.node_id, known_peers)
+        self._links = Links(transport=transport, linked=linked, presence=self._presence, rng=rng)
+        self._discovery = Discovery(transport=transport, table=self._table, presence=self._presence, rng=rng)
+        self._requests = Requests(transport)
+        self._publisher = Publisher(transport)
+        self._subscriber = Subscriber(transport)
+        self._peer_callbacks: list[ConnectionCallback] = []
+        transport.on_connection(self._note_connection)
+        self._links.on_link(self._table.set_linked)
+
+    @property
+    def node_id(self) -> NodeId:
+        """Our own id."""
+        return self._transport.node_id
+
+    async def run(self, *, task_status: TaskStatus[tuple[str, ...]] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen, dial and serve until cancelled; started with the multiaddrs listened on.
+
+        Leaves within 3 s of cancellation, all sockets closed.
+
+        Raises:
+          HostError: none of the addresses could be listened on.
+        """
+        async with trio.open_nursery() as nursery:
+            addresses: tuple[str, ...] = await nursery.start(self._transport.run)
+            nursery.start_soon(self._discovery.run)
+            nursery.start_soon(self._links.run)
+            _logger.info("listening", node_id=self.node_id, addresses=addresses)
+            task_status.started(addresses)
+
+    # --- links -------------------------------------------------------------------------------------------------------
+
+    def send_frame(self, node_id: NodeId, frame: bytes) -> bool:
+        """Queue a frame of 1 to FRAME_SIZE_MAX_BYTES bytes for a voter; never blocks.
+
+        Returns:
+          False: no link to it, or its queue is full; the frame is dropped, and the room above has to re-sync. True is
+          no promise either: a link that breaks loses what was queued.
+        """
+        return self._links.send_frame(node_id, frame)
+
+    def on_frame(self, handler: FrameHandler) -> None:
+        """Set the one receiver of frames; before `run`. Its slowness is back-pressure for that peer only."""
+        self._links.on_frame(handler)
+
+    def on_link(self, callback: ConnectionCallback) -> None:
+        """Tell when a link opens (True: time to re-sync) and closes; must not block."""
+        self._links.on_link(callback)
+
+    # --- requests and streams ----------------------------------------------------------------------------------------
+
+    async def request(self, node_id: NodeId, protocol: str, payload: bytes, *, response_size_max_bytes: int) -> bytes:
+        """Ask a peer; connects to it first if need be. The timeout is the caller's.
+
+        Raises:
+          UnavailableError: it cannot be reached, does not serve the protocol, or broke off.
+          DecodeError: its answer is malformed or longer than `response_size_max_bytes`.
+          FormationError: what its handler raised, as the same class, with its message and hint.
+        """
+        await self._discovery.connect(node_id)
+        return await self._requests.ask(node_id, protocol, payload, response_size_max_bytes=response_size_max_bytes)
+
+    def serve_requests(self, protocol: str, handler: RequestHandler, *, request_size_max_bytes: int) -> None:
+        """Answer requests of a protocol; a FormationError that the handler raises travels to the caller."""
+        self._requests.serve(protocol, handler, request_size_max_bytes=request_size_max_bytes)
+
+    async def open_stream(self, node_id: NodeId, protocol: str) -> ByteStream:
+        """A new stream to a peer; connects to it first if need be. Close it with `aclose`.
+
+        Raises:
+          UnavailableError: it cannot be reached, or does not serve the protocol.
+        """
+        await self._discovery.connect(node_id)
+        return await self._transport.open_stream(node_id, protocol)
+
+    def serve_stream(self, protocol: str, handler: StreamHandler) -> None:
+        """Answer streams of a protocol; a stream is closed when its handler returns or raises."""
+        self._transport.serve_stream(protocol, handler)
+
+    # --- gossip ------------------------------------------------------------------------------------------------------
+
+    async def publish_event(self, topic: str, data: bytes) -> None:
+        """Gossip to everybody on a topic; lossy, and not delivered to ourselves.
+
+        Raises:
+          UsageError: it is longer than transport.GOSSIP_SIZE_MAX_BYTES.
+        """
+        await self._publisher.publish_event(topic, data)
+
+    def subscribe_topic(self, topic: str, validate: Validate, deliver: Deliver) -> None:
+        """Take part in a topic; before or after `run`. Messages are validated before they are passed on."""
+        self._subscriber.subscribe_topic(topic, validate, deliver)
+
+    # --- peers -------------------------------------------------------------------------------------------------------
+
+    def on_peer(self, callback: ConnectionCallback) -> None:
+        """Tell when a peer comes (first connection) and goes (last one); must not block."""
+        self._peer_callbacks.append(callback)
+
+    def peers(self) -> tuple[PeerState, ...]:
+        """Known peers and connected strangers, sorted by id."""
+        return self._table.states(now_s=trio.current_time())
+
+    def add_known_peer(self, node_id: NodeId, addresses: tuple[str, ...]) -> None:
+        """Keep this peer connected from now on; again: its addresses are replaced."""
+        if self._table.add_known(node_id, addresses, now_s=trio.current_time()):
+            self._discovery.note_known(node_id)
+
+    def statistics(self) -> P2pStatistics:
+        """Counters and gauges."""
+        links, requests, gossip = self._links.counters, self._requests.counters, self._subscriber.counters
+        return P2pStatistics(
+            peer_connected_count=len(self._transport.connected()),
+            link_count=self._links.open_count(),
+            frame_sent_count=links.sent_count,
+            frame_dropped_count=links.dropped_count,
+            frame_received_count=links.received_count,
+            frame_fault_count=links.fault_count,
+            request_sent_count=requests.sent_count,
+            request_served_count=requests.served_count,
+            request_refused_count=requests.refused_count,
+            stream_failed_count=self._transport.statistics().stream_failed_count,
+            gossip_published_count=self._publisher.published_count,
+            gossip_delivered_count=gossip.delivered_count,
+            gossip_rejected_count=gossip.rejected_count,
+            gossip_ignored_count=gossip.ignored_count,
+        )
+
+    def _note_connection(self, node_id: NodeId, is_up: bool) -> None:
+        _logger.debug("peer up" if is_up else "peer down", peer=node_id)
+        self._table.set_connected(node_id, is_up, now_s=trio.current_time())
+        self._presence.note(node_id, is_up)
+        for callback in self._peer_callbacks:
+            callback(node_id, is_up)

@@ -1,0 +1,18 @@
+"""Images: from a Formfile to files that boot, the same on every node.
+
+| file | is |
+|---|---|
+| `formfile`, `formfile_text`, `passwords` | pure: the strict parser, the words of a line, sha512-crypt |
+| `plan` | pure: from a Formfile and its files to the image's own layer |
+| `manifest` | pure: what an image is made of, and its digest |
+| `cpio` | pure: the archive format of an initramfs |
+| `guest` | what runs inside a VM before its owner's program, and what it is told |
+| `context` | adapter: reads the files that COPY takes, and nothing outside of them |
+| `rootfs` | adapter: kernel and busybox out of Debian packages |
+| `blobs` | adapter: content-addressed files on disk |
+| `transfer`, `pull` | blobs over peer-to-peer streams: the protocol with its server, and the way round bad holders |
+| `service` | the one door for the rooms above |
+
+An image is three blobs and a manifest: a PVH kernel, the base initramfs, and the layer that its Formfile makes. Blobs
+are pulled as ranges from any holder; chunks that images share come with disk layers, in a later version.
+"""

@@ -1,0 +1,245 @@
+"""One lane as one replica knows it: the chain, what waits to join it, and what stands against it.
+
+Theory. `certified` is the last block that 2f+1 voters acknowledged: fixed for ever. Above it stands our `chain`, blocks
+that we accepted and that are not certified yet. A block joins at the chain's head only (`waiting` holds those that came
+early, or whose time or deps are not due). A signed block that contradicts our chain makes *evidence*: the lane freezes,
+we never acknowledge in it again, and it grows here only by what a quorum acknowledged. If the quorum acknowledged the
+other branch, `adopt` puts that branch in the place of ours; certified blocks never move, because two certificates for
+one number would need a correct voter that acknowledged both (design/state section 3).
+"""
+
+from __future__ import annotations
+
+from formation.core.codec import Hash
+from formation.core.ids import NodeId, node_id_of
+from formation.state.ack import Tally
+from formation.state.lane import NO_HASH, Entry, Evidence, Head, LaneId, lane_key
+
+# design/state section 7. What one lane may hold of every voter's memory before a quorum has confirmed it.
+WINDOW_COUNT_MAX = 64
+WINDOW_SIZE_MAX_BYTES = 4 * 1024 * 1024
+# While we catch up, the acks that prove a stretch stand at most one window behind its end, and proofs are kept at every
+# half window: so a chain may grow to this, where a quorum has been there before us.
+CATCH_UP_COUNT_MAX = 4 * WINDOW_COUNT_MAX
+CATCH_UP_SIZE_MAX_BYTES = 4 * WINDOW_SIZE_MAX_BYTES
+# How often the acks that made a certificate are kept on disk, for those who come later.
+PROOF_COUNT = WINDOW_COUNT_MAX // 2
+PROOF_SIZE_BYTES = 1024 * 1024
+# Blocks of other branches, kept while we find out which branch the quorum took; one window for each of two forks.
+SIDE_COUNT_MAX = 2 * WINDOW_COUNT_MAX
+
+
+class Lane:
+    """State of one lane; O(window) memory, whatever its history."""
+
+    __slots__ = (
+        "acked_seq",
+        "certified_hash",
+        "certified_hlc",
+        "certified_seq",
+        "chain",
+        "chain_size_bytes",
+        "evidence",
+        "head_hash",
+        "head_hlc",
+        "head_seq",
+        "id",
+        "is_doubtful",
+        "node_id",
+        "proof_seq",
+        "proof_size_bytes",
+        "public_key",
+        "side",
+        "tally",
+        "voter",
+        "waiting",
+    )
+
+    def __init__(self, lane: LaneId, *, voter: int, voter_count: int, quorum_size: int) -> None:
+        self.id = lane
+        self.voter = voter
+        """Index of its author in the committee."""
+        self.public_key = lane_key(lane)
+        self.node_id: NodeId = node_id_of(self.public_key)
+        self.certified_seq = 0
+        self.certified_hash: Hash = NO_HASH
+        self.certified_hlc = 0
+        self.head_seq = 0
+        self.head_hash: Hash = NO_HASH
+        self.head_hlc = 0
+        self.chain: dict[int, Entry] = {}
+        self.chain_size_bytes = 0
+        self.waiting: dict[int, Entry] = {}
+        self.side: dict[Hash, Entry] = {}
+        self.tally = Tally(voter_count=voter_count, quorum_size=quorum_size)
+        self.acked_seq = 0
+        """Highest number that this node acknowledged, or is about to when its commit is through."""
+        self.proof_seq = 0
+        """Certified number of the last proof that was kept."""
+        self.proof_size_bytes = 0
+        """Certified since."""
+        self.evidence: Evidence | None = None
+        self.is_doubtful = False
+        """Something does not fit: ask peers for the branch from the certified block on."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the window has no room for another block."""
+        return len(self.chain) >= WINDOW_COUNT_MAX or self.chain_size_bytes >= WINDOW_SIZE_MAX_BYTES
+
+    @property
+    def head(self) -> Head:
+        """The newest block on our chain."""
+        return Head(self.id, self.head_seq, self.head_hash)
+
+    @property
+    def certified(self) -> Head:
+        """The newest certified block."""
+        return Head(self.id, self.certified_seq, self.certified_hash)
+
+    def append(self, entry: Entry) -> None:
+        """Put the next block on the chain and count the acks that were waiting for it."""
+        block = entry.block
+        assert block.seq == self.head_seq + 1
+        assert block.prev == self.head_hash
+        self.chain[block.seq] = entry
+        self.chain_size_bytes += len(entry.raw)
+        self.head_seq, self.head_hash, self.head_hlc = block.seq, entry.hash, block.hlc
+        for voter in self.tally.voters_of(block.seq, entry.hash):
+            self.tally.confirm(voter, block.seq)
+
+    def may_grow(self, entry: Entry) -> bool:
+        """Whether the window has room for this block, or a quorum has been there before us."""
+        if not self.is_full:
+            return True
+        within = len(self.chain) < CATCH_UP_COUNT_MAX and self.chain_size_bytes < CATCH_UP_SIZE_MAX_BYTES
+        return within and self.tally.is_claimed(entry.block.seq)
+
+    def put_old_ack(self, voter: int, head: Head, raw: bytes) -> None:
+        """Count an ack that is not its voter's newest, if it speaks of our chain: what proves a stretch of history."""
+        entry = self.chain.get(head.seq)
+        if entry is not None and entry.hash == head.hash:
+            self.tally.confirm(voter, head.seq, raw)
+
+    def take_proof_nowait(self) -> tuple[tuple[int, bytes], ...]:
+        """The acks that certify what is certified now, when it is time to keep some again."""
+        if self.certified_seq - self.proof_seq < PROOF_COUNT and self.proof_size_bytes < PROOF_SIZE_BYTES:
+            return ()
+        self.proof_seq, self.proof_size_bytes = self.certified_seq, 0
+        return self.tally.proof(self.certified_seq)
+
+    def put_ack(self, voter: int, head: Head, raw: bytes) -> bool:
+        """Keep a voter's ack if it is newer.
+
+        Returns:
+          False if it contradicts our chain (or names what we cannot know yet: then True).
+        """
+        self.tally.put(voter, head, raw)
+        if head.seq <= self.certified_seq:
+            # Below a certificate there is nothing to decide: a correct voter can only mean our block.
+            self.tally.confirm(voter, head.seq)
+            return True
+        if head.seq > self.head_seq:
+            return True
+        if self.chain[head.seq].hash != head.hash:
+            return False
+        self.tally.confirm(voter, head.seq)
+        return True
+
+    def certify_nowait(self) -> tuple[Entry, ...]:
+        """Move what a quorum acknowledged from the chain below the certified head; in order."""
+        done = []
+        for seq in range(self.certified_seq + 1, self.tally.certified_seq() + 1):
+            entry = self.chain.pop(seq)
+            self.chain_size_bytes -= len(entry.raw)
+            self.proof_size_bytes += len(entry.raw)
+            self.certified_seq, self.certified_hash, self.certified_hlc = seq, entry.hash, entry.block.hlc
+            done.append(entry)
+        if done and self.side:
+            self.side = {h: e for h, e in self.side.items() if e.block.seq > self.certified_seq}
+        return tuple(done)
+
+    def recover_certified(self) -> None:
+        """The block above the certified one was certified before we restarted; our store says so."""
+        entry = self.chain.pop(self.certified_seq + 1)
+        self.chain_size_bytes -= len(entry.raw)
+        self.proof_seq = entry.block.seq
+        self.certified_seq, self.certified_hash, self.certified_hlc = entry.block.seq, entry.hash, entry.block.hlc
+
+    def put_side(self, entry: Entry) -> None:
+        """Keep a block of another branch. When full, start anew: the next pull brings the quorum's branch in one piece."""
+        if len(self.side) >= SIDE_COUNT_MAX:
+            self.side.clear()
+        self.side[entry.hash] = entry
+
+    def is_vouched(self, entry: Entry) -> bool:
+        """Whether a quorum acknowledged this block, by itself or through those behind it that wait with it."""
+        voters: set[int] = set()
+        at: Entry | None = entry
+        while at is not None:
+            voters.update(self.tally.voters_of(at.block.seq, at.hash))
+            if self.tally.has_quorum(len(voters)):
+                return True
+            behind = self.waiting.get(at.block.seq + 1)
+            at = behind if behind is not None and behind.block.prev == at.hash else None
+        return False
+
+    def adopt_nowait(self) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+        """Take the branch that a quorum acknowledged, if it is not ours.
+
+        Returns:
+          (blocks that left the chain, blocks that joined it, in order); both empty if nothing changed.
+        """
+        branch = self._quorum_branch()
+        kept = 0
+        while kept < len(branch) and self.chain.get(branch[kept].block.seq) is branch[kept]:
+            kept += 1
+        if kept == len(branch):
+            return (), ()
+        first = branch[kept].block.seq
+        gone = tuple(self.chain.pop(seq) for seq in range(first, self.head_seq + 1))
+        self.chain_size_bytes -= sum(len(e.raw) for e in gone)
+        below = self.chain.get(first - 1)
+        if below is not None:
+            self.head_seq, self.head_hash, self.head_hlc = first - 1, below.hash, below.block.hlc
+        else:
+            self.head_seq, self.head_hash, self.head_hlc = self.certified_seq, self.certified_hash, self.certified_hlc
+        self.tally.reset_confirmed(self.head_seq)
+        for entry in branch[kept:]:
+            self.append(entry)
+            self.side.pop(entry.hash, None)
+            if self.waiting.get(entry.block.seq) is entry:
+                del self.waiting[entry.block.seq]
+        # A voter's newest ack may lie on the branch, below its end; `append` counted exact hits on the new part only.
+        for seq, entry in self.chain.items():
+            for voter in self.tally.voters_of(seq, entry.hash):
+                self.tally.confirm(voter, seq)
+        self.is_doubtful = False
+        return gone, branch[kept:]
+
+    def _quorum_branch(self) -> tuple[Entry, ...]:
+        """The blocks above the certified one, up to the highest that a quorum's acks stand on."""
+        known = {e.hash: e for e in (*self.chain.values(), *self.waiting.values())} | self.side
+        best: tuple[Entry, ...] = ()
+        for head in self.tally.heads:
+            path = self._path(known, head)
+            # How many voters' newest acks are at this block or behind it on the path.
+            count = 0
+            for index in range(len(path) - 1, -1, -1):
+                count += len(tuple(self.tally.voters_of(path[index].block.seq, path[index].hash)))
+                if self.tally.has_quorum(count):
+                    best = max(best, path[: index + 1], key=len)
+                    break
+        return best
+
+    def _path(self, known: dict[Hash, Entry], head: Head | None) -> tuple[Entry, ...]:
+        """From the certified block (excluded) to `head`; empty if a link is missing."""
+        path: list[Entry] = []
+        at = None if head is None else known.get(Hash(head.hash))
+        while at is not None:
+            path.append(at)
+            if at.block.prev == self.certified_hash and at.block.seq == self.certified_seq + 1:
+                return tuple(reversed(path))
+            below = known.get(Hash(at.block.prev))
+            at = below if below is not None and below.block.seq == at.block.seq - 1 else None
+        return ()

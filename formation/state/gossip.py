@@ -1,0 +1,79 @@
+"""What observers follow: our own blocks, acks and evidence, coalesced per topic at a bounded rate. Pure.
+
+Gossip is a convenience. It may be lost, late or switched off, and everything still converges by sync.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from formation.core.codec import decode, encode
+from formation.core.errors import DecodeError
+from formation.core.event import Topic
+from formation.core.ids import NetworkId
+
+# One message; p2p's own limit is 512 KiB.
+MESSAGE_SIZE_MAX_BYTES = 480 * 1024
+# Frames that wait for the next message of a topic; the oldest go first, sync brings them.
+OUTBOX_SIZE_MAX_BYTES = 2 * 1024 * 1024
+MESSAGE_FRAME_COUNT_MAX = 1024
+TOPIC_ACK = "ack"
+TOPIC_EVIDENCE = "evidence"
+TOPICS = (*(topic.value for topic in Topic), TOPIC_ACK, TOPIC_EVIDENCE)
+
+
+def topic_name(network_id: NetworkId, topic: str) -> str:
+    """The gossip topic of this network."""
+    return f"formation/{network_id.hex()[:16]}/{topic}"
+
+
+def pack_frames(frames: tuple[bytes, ...]) -> bytes:
+    """One gossip message."""
+    return encode(frames)
+
+
+def unpack_frames(data: bytes) -> tuple[bytes, ...]:
+    """The frames of a gossip message.
+
+    Raises:
+      DecodeError: not a list of frames.
+    """
+    frames = decode(data, tuple[bytes, ...], what="gossip message")
+    if len(frames) > MESSAGE_FRAME_COUNT_MAX:
+        raise DecodeError("gossip message: too many frames")
+    return frames
+
+
+class Outbox:
+    """Frames that wait to be published."""
+
+    __slots__ = ("_frames", "_sizes")
+
+    def __init__(self) -> None:
+        self._frames: dict[str, deque[bytes]] = {}
+        self._sizes: dict[str, int] = {}
+
+    def put(self, topic: str, frame: bytes) -> None:
+        """Add a frame; drops the oldest of its topic when there are too many."""
+        frames = self._frames.setdefault(topic, deque())
+        frames.append(frame)
+        self._sizes[topic] = self._sizes.get(topic, 0) + len(frame)
+        while self._sizes[topic] > OUTBOX_SIZE_MAX_BYTES:
+            self._sizes[topic] -= len(frames.popleft())
+
+    def take_messages(self) -> tuple[tuple[str, bytes], ...]:
+        """At most one (topic, message) per topic."""
+        return tuple((topic, pack_frames(self._take(topic))) for topic, frames in self._frames.items() if frames)
+
+    def _take(self, topic: str) -> tuple[bytes, ...]:
+        frames, size_bytes = self._frames[topic], 0
+        taken: list[bytes] = []
+        while (
+            frames
+            and len(taken) < MESSAGE_FRAME_COUNT_MAX
+            and (not taken or size_bytes + len(frames[0]) <= MESSAGE_SIZE_MAX_BYTES)
+        ):
+            size_bytes += len(frames[0])
+            taken.append(frames.popleft())
+        self._sizes[topic] -= size_bytes
+        return tuple(taken)

@@ -1,0 +1,290 @@
+"""Catch-up by frontier: values of the sync protocol, and the pure work of both sides.
+
+A frontier names, per lane, the head, and how far it is certified. Lanes fall into 256 buckets by a hash of their id; a
+round first compares one 32-byte root (in sync: that was all), then bucket fingerprints, then the frontiers of the
+buckets that differ, then pulls ranges of blocks and the acks that certify them. Everything that comes back is treated
+like any frame from a hostile peer; a lie can waste one bounded answer and nothing else.
+
+Rounds are idempotent and keep no state at the server. Fingerprints are SHA-256 over sorted rows, recomputed only for
+buckets that changed, so nobody can craft lanes that cancel out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from formation.core.codec import HASH_SIZE_BYTES, decode, encode, sha256
+from formation.core.errors import DecodeError
+from formation.state.ack import ACK_SIZE_MAX_BYTES
+from formation.state.lane import BLOCK_SIZE_MAX_BYTES, LANE_ID_SIZE_BYTES, SEQ_MAX, LaneId
+
+PROTOCOL = "/formation/sync/1"
+BUCKET_COUNT = 256
+# 8 bytes tell two honest frontiers apart; a forged match only delays the forger's own peer until the root is compared.
+BUCKET_FINGERPRINT_SIZE_BYTES = 8
+# 2,048 rows are 270 KiB; more come with the next round.
+FRONTIER_ROW_COUNT_MAX = 2048
+PULL_RANGE_COUNT_MAX = 256
+REQUEST_SIZE_MAX_BYTES = 64 * 1024
+# One answer: four full blocks and their acks, or some thousands of small ones. Bounds what a hostile peer makes us read.
+ANSWER_BLOCKS_SIZE_MAX_BYTES = 1024 * 1024
+ANSWER_ACKS_SIZE_MAX_BYTES = 1024 * 1024
+ANSWER_EVIDENCE_COUNT_MAX = 1
+ANSWER_SIZE_MAX_BYTES = (
+    ANSWER_BLOCKS_SIZE_MAX_BYTES + ANSWER_ACKS_SIZE_MAX_BYTES + 4 * BLOCK_SIZE_MAX_BYTES + ACK_SIZE_MAX_BYTES
+)
+
+
+class FrontierRow(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """One lane: array of five."""
+
+    lane: bytes
+    seq: int
+    """Head."""
+    hash: bytes
+    """Of the head."""
+    certified_seq: int
+    is_frozen: bool
+    """Evidence of equivocation is known."""
+
+
+class Hello(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="hello", gc=False):
+    """Is your frontier the one with this root? Answered by Buckets, empty if it is."""
+
+    root: bytes
+
+
+class FrontierRequest(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="frontier", gc=False):
+    """The lanes of these buckets (one byte each, ascending). Answered by Frontier."""
+
+    buckets: bytes
+
+
+class Range(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """Blocks first..last of a lane, and acks above `certified_seq`: array of five. An empty range asks for acks only."""
+
+    lane: bytes
+    first_seq: int
+    last_seq: int
+    certified_seq: int
+    wants_evidence: bool
+
+
+class Pull(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="pull", gc=False):
+    """Answered by Pulled, as far as fits."""
+
+    ranges: tuple[Range, ...]
+
+
+class Buckets(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="buckets", gc=False):
+    """All fingerprints in order, 8 bytes each; empty: same root."""
+
+    fingerprints: bytes
+
+
+class Frontier(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="lanes", gc=False):
+    """Rows of the buckets asked for, as many as fit."""
+
+    rows: tuple[FrontierRow, ...]
+
+
+class Pulled(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="pulled", gc=False):
+    """COSE_Sign1 bytes of blocks and acks, CBOR of evidence."""
+
+    blocks: tuple[bytes, ...]
+    acks: tuple[bytes, ...]
+    evidence: tuple[bytes, ...]
+
+
+Request = Hello | FrontierRequest | Pull
+Answer = Buckets | Frontier | Pulled
+
+
+def decode_request(data: bytes) -> Request:
+    """A request, within its bounds.
+
+    Raises:
+      DecodeError: it is none.
+    """
+    request: Request = decode(data, Request, what="sync request")  # type: ignore[arg-type] # a union is a type to msgspec
+    match request:
+        case Hello(root):
+            if len(root) != HASH_SIZE_BYTES:
+                raise DecodeError("sync: root is not 32 bytes")
+        case FrontierRequest(buckets):
+            if len(buckets) > BUCKET_COUNT or sorted(set(buckets)) != list(buckets):
+                raise DecodeError("sync: buckets are not ascending")
+        case Pull(ranges):
+            if len(ranges) > PULL_RANGE_COUNT_MAX:
+                raise DecodeError("sync: too many ranges")
+            for r in ranges:
+                if len(r.lane) != LANE_ID_SIZE_BYTES or not all(
+                    0 <= s <= SEQ_MAX for s in (r.first_seq, r.last_seq, r.certified_seq)
+                ):
+                    raise DecodeError("sync: range out of bounds")
+    return request
+
+
+def decode_answer(data: bytes, as_type: type[msgspec.Struct]) -> Answer:
+    """An answer of the kind that was asked for, within its bounds.
+
+    Raises:
+      DecodeError: it is none.
+    """
+    answer: Answer = decode(data, as_type, what="sync answer")  # type: ignore[assignment] # one of the three
+    match answer:
+        case Buckets(fingerprints):
+            if len(fingerprints) not in (0, BUCKET_COUNT * BUCKET_FINGERPRINT_SIZE_BYTES):
+                raise DecodeError("sync: not 256 fingerprints")
+        case Frontier(rows):
+            if len(rows) > FRONTIER_ROW_COUNT_MAX:
+                raise DecodeError("sync: too many rows")
+            for row in rows:
+                if len(row.lane) != LANE_ID_SIZE_BYTES or len(row.hash) != HASH_SIZE_BYTES:
+                    raise DecodeError("sync: row out of bounds")
+                if not 0 <= row.certified_seq <= row.seq <= SEQ_MAX:
+                    raise DecodeError("sync: row out of bounds")
+        case Pulled(evidence=evidence):
+            if len(evidence) > ANSWER_EVIDENCE_COUNT_MAX:
+                raise DecodeError("sync: too much evidence")
+    return answer
+
+
+def bucket_of(lane: bytes) -> int:
+    """0..255. By hash: incarnations of one key would otherwise share a bucket."""
+    return sha256(lane)[0]
+
+
+class FrontierIndex:
+    """Our frontier with its fingerprints, kept up to date lane by lane."""
+
+    __slots__ = ("_dirty", "_fingerprints", "_rows")
+
+    def __init__(self) -> None:
+        self._rows: list[dict[bytes, FrontierRow]] = [{} for _ in range(BUCKET_COUNT)]
+        self._fingerprints: list[bytes] = [_fingerprint(())] * BUCKET_COUNT
+        self._dirty: set[int] = set()
+
+    def put(self, row: FrontierRow) -> None:
+        """Take a lane's newest state."""
+        bucket = bucket_of(row.lane)
+        self._rows[bucket][row.lane] = row
+        self._dirty.add(bucket)
+
+    def fingerprints(self) -> bytes:
+        """All buckets', 8 bytes each."""
+        for bucket in self._dirty:
+            rows = self._rows[bucket]
+            self._fingerprints[bucket] = _fingerprint([rows[lane] for lane in sorted(rows)])
+        self._dirty.clear()
+        return b"".join(self._fingerprints)
+
+    def root(self) -> bytes:
+        """32 bytes; equal frontiers have equal roots."""
+        return sha256(self.fingerprints())
+
+    def row(self, lane: bytes) -> FrontierRow | None:
+        """One lane."""
+        return self._rows[bucket_of(lane)].get(lane)
+
+    def rows(self, buckets: Iterable[int]) -> list[FrontierRow]:
+        """Lanes of these buckets."""
+        return [row for bucket in buckets for row in self._rows[bucket].values()]
+
+
+def _fingerprint(rows: Sequence[FrontierRow]) -> bytes:
+    return sha256(encode(tuple(rows)))[:BUCKET_FINGERPRINT_SIZE_BYTES]
+
+
+def differing_buckets(ours: bytes, theirs: bytes) -> bytes:
+    """Indices of fingerprints that differ; `theirs` empty means none."""
+    size = BUCKET_FINGERPRINT_SIZE_BYTES
+    return bytes(
+        i for i in range(BUCKET_COUNT) if theirs and ours[i * size : (i + 1) * size] != theirs[i * size : (i + 1) * size]
+    )
+
+
+def plan_pull(
+    index: FrontierIndex,
+    rows: Iterable[FrontierRow],
+    *,
+    is_doubtful: Callable[[LaneId], bool],
+    count_max: int = PULL_RANGE_COUNT_MAX,
+) -> tuple[Range, ...]:
+    """What to ask of a peer with these rows: blocks that we lack, and acks where it has certified more."""
+    ranges: list[Range] = []
+    for theirs in rows:
+        ours = index.row(theirs.lane)
+        seq, certified_seq = (0, 0) if ours is None else (ours.seq, ours.certified_seq)
+        convicts = theirs.is_frozen and (ours is None or not ours.is_frozen)
+        forked = ours is not None and ours.seq == theirs.seq and ours.hash != theirs.hash
+        forked = forked or convicts or is_doubtful(LaneId(theirs.lane))
+        # A branch may differ anywhere above the certified block, so it is asked for from there.
+        first_seq = certified_seq + 1 if forked else seq + 1
+        if convicts or theirs.seq >= first_seq or theirs.certified_seq > certified_seq:
+            ranges.append(Range(theirs.lane, first_seq, theirs.seq, certified_seq, convicts))
+            if len(ranges) == count_max:
+                break
+    return tuple(ranges)
+
+
+def lanes_they_lack(
+    index: FrontierIndex, rows: Sequence[FrontierRow], *, buckets: bytes
+) -> tuple[tuple[LaneId, int, int], ...]:
+    """(lane, their head, their certified number) where a peer that answered so for these buckets is behind us."""
+    theirs = {row.lane: row for row in rows}
+    behind = []
+    for ours in index.rows(buckets):
+        row = theirs.get(ours.lane)
+        seq, certified_seq = (0, 0) if row is None else (row.seq, row.certified_seq)
+        if ours.seq > seq or ours.certified_seq > certified_seq:
+            behind.append((LaneId(ours.lane), seq, certified_seq))
+    # A cut-off answer says nothing of the lanes that it leaves out.
+    return tuple(behind) if len(rows) < FRONTIER_ROW_COUNT_MAX else ()
+
+
+def answer_frontier(index: FrontierIndex, request: Hello | FrontierRequest) -> Buckets | Frontier:
+    """The server's answer that needs no block."""
+    if isinstance(request, Hello):
+        return Buckets(b"" if request.root == index.root() else index.fingerprints())
+    return Frontier(tuple(index.rows(request.buckets)[:FRONTIER_ROW_COUNT_MAX]))
+
+
+def answer_pull(
+    request: Pull,
+    *,
+    acks_above: Callable[[LaneId, int], Sequence[bytes]],
+    evidence_of: Callable[[LaneId], bytes | None],
+    read_blocks: Callable[[bytes, int, int, int], Sequence[bytes]],
+    read_proof: Callable[[bytes, int], Sequence[bytes]],
+) -> Pulled:
+    """The server's answer to a pull, each range with a fair share of what one answer may hold.
+
+    A lane that waits for another's certificates must not crowd that other out of every answer.
+
+    Args:
+      acks_above: newest acks of a lane beyond a number.
+      evidence_of: against a lane.
+      read_blocks: (lane, first, last, size limit in bytes).
+      read_proof: acks of the first kept proof above a number: a long stretch is proven piece by piece.
+    """
+    share_bytes = ANSWER_BLOCKS_SIZE_MAX_BYTES // max(1, len(request.ranges))
+    blocks: list[bytes] = []
+    acks: dict[bytes, None] = {}
+    evidence: list[bytes] = []
+    blocks_size_bytes = acks_size_bytes = 0
+    for r in request.ranges:
+        if r.wants_evidence and len(evidence) < ANSWER_EVIDENCE_COUNT_MAX:
+            known = evidence_of(LaneId(r.lane))
+            evidence.extend(() if known is None else (known,))
+        if r.first_seq <= r.last_seq and blocks_size_bytes < ANSWER_BLOCKS_SIZE_MAX_BYTES:
+            found = read_blocks(r.lane, r.first_seq, r.last_seq, share_bytes)
+            blocks.extend(found)
+            blocks_size_bytes += sum(map(len, found))
+        for raw in (*acks_above(LaneId(r.lane), r.certified_seq), *read_proof(r.lane, r.certified_seq)):
+            if raw not in acks and acks_size_bytes < ANSWER_ACKS_SIZE_MAX_BYTES:
+                acks[raw] = None
+                acks_size_bytes += len(raw)
+    return Pulled(tuple(blocks), tuple(acks), tuple(evidence))

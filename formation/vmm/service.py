@@ -1,0 +1,371 @@
+"""The VM manager's shell: one worker per VM, woken by events, and by a sweep for what no event tells.
+
+Flow of a VM: unplaced -> every node computes who should take it (`allocator`), the chosen one claims it -> certified
+claim -> image, ports, disk and process (`reconciler`) -> the guest's own word -> `VmReady`. When this node starts, the
+processes of its earlier life are adopted before anything else.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+import trio
+
+from formation.core.clock import NS_PER_MS, Clock
+from formation.core.errors import ConflictError, FormationError, HostError
+from formation.core.ids import NodeId
+from formation.core.spec import Desired, NodeRecord, Resources, VmRecord
+from formation.net.service import NetService
+from formation.p2p.transport import TaskStatus
+from formation.state.feed import Level
+from formation.vmm.allocator import NOTHING, add, free_of, place, promises_of
+from formation.vmm.console import ConsoleStream
+from formation.vmm.hypervisor import BootedVm, Hypervisor
+from formation.vmm.ledger import Ledger
+from formation.vmm.needs import Pack, State
+from formation.vmm.plan import Said
+from formation.vmm.reconciler import Reconciler
+from formation.vmm.words import printable
+
+log = structlog.get_logger(__name__)
+
+# A chosen node that dies before its claim is replaced within one liveness timeout and one sweep.
+SWEEP_S_MIN = 2.0
+SWEEP_S_MAX = 4.0
+# Unplaced VMs looked at in one sweep: each costs a pass over all nodes; the rest have their turn in the next ones.
+SWEEP_UNPLACED_COUNT_MAX = 256
+# Adopting waits for sockets, mostly of processes that answer at once; a hung one costs its deadline.
+ADOPT_CONCURRENCY_MAX = 16
+# After a bug in a step: late enough not to fill the log, soon enough that a passing cause heals.
+FAULT_PAUSE_S = 30.0
+# An adopted guest that is still booting gets at least this long, however long the node was away.
+ADOPTED_READY_DEADLINE_S_MIN = 20.0
+# Console lines shown with the reason when a guest never became ready.
+LAST_WORDS_LINES = 3
+
+_LOST_REASON = "its hypervisor process was gone when this node came back"
+
+
+class VmmService:
+    """Runs the VMs that the network places on this node.
+
+    Args:
+      data_dir: where the room keeps its ledger.
+      capacity: what this node offers to VMs.
+      is_live: whether a node is reachable, as far as this one knows; not asked about this node itself.
+      rng: for the jitter of sweeps.
+    """
+
+    def __init__(
+        self,
+        *,
+        node_id: NodeId,
+        state: State,
+        pack: Pack,
+        net: NetService,
+        hypervisor: Hypervisor,
+        data_dir: Path,
+        capacity: Resources,
+        is_live: Callable[[NodeId], bool],
+        clock: Clock,
+        rng: random.Random,
+    ) -> None:
+        self._node_id = node_id
+        self._state = state
+        self._net = net
+        self._hypervisor = hypervisor
+        self._capacity = capacity
+        self._is_live = is_live
+        self._clock = clock
+        self._rng = rng
+        self._ledger = Ledger(data_dir)
+        self._dirty: set[str] = set()
+        self._working: set[str] = set()
+        self._nursery: trio.Nursery | None = None
+        self._fault_count = 0
+        self._reconciler = Reconciler(
+            node_id=node_id,
+            state=state,
+            pack=pack,
+            net=net,
+            hypervisor=hypervisor,
+            ledger=self._ledger,
+            clock=clock,
+            choose=self._choose,
+            on_booted=self._watch_soon,
+            wake_at=self._wake_at,
+        )
+
+    async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Adopt what runs, then keep every VM as it should be, until cancelled. Guests go on."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._run_hypervisor)
+            self._nursery = nursery
+            try:
+                await self._adopt_all()
+                task_status.started(None)
+                while True:
+                    await self._sweep()
+                    await trio.sleep(self._rng.uniform(SWEEP_S_MIN, SWEEP_S_MAX))
+            finally:
+                self._nursery = None
+
+    async def reconcile_vm(self, vm_id: str) -> None:
+        """Look at a VM: something about it may have changed. Returns at once; its worker does the rest.
+
+        Idempotent. What is being done for it is given up when it is no longer wanted.
+        """
+        self._reconcile_soon(vm_id)
+        await trio.lowlevel.checkpoint()
+
+    @property
+    def hypervisor_name(self) -> str:
+        """`qemu/kvm`, `qemu/tcg`; empty: this node runs no VMs."""
+        return self._hypervisor.capabilities.name
+
+    @property
+    def capacity(self) -> Resources:
+        """What this node offers to VMs."""
+        return self._capacity
+
+    def host_report(self) -> dict[str, Any]:
+        """This host for people: hypervisor, accelerator and why, capacity and what is free of it."""
+        can = self._hypervisor.capabilities
+        free = free_of(self._capacity, self._promises().get(self._node_id, NOTHING))
+        return {
+            "hypervisor": can.name,
+            "version": can.version,
+            "accelerator": can.accelerator,
+            "why": can.why,
+            "hint": can.hint,
+            "capacity": msgspec.to_builtins(self._capacity),
+            "free": msgspec.to_builtins(free),
+        }
+
+    def statistics(self) -> dict[str, int]:
+        """Counts for telemetry."""
+        running = sum(1 for m in self._reconciler.memories.values() if m.vm is not None and not m.vm.has_ended)
+        return {
+            "held": len(self._ledger.vm_ids()),
+            "running": running,
+            "working": len(self._working),
+            "faults": self._fault_count,
+        }
+
+    def pending_reason(self, vm_id: str) -> str:
+        """Why a VM has no place yet; empty when it has one, or is not known."""
+        record = self._state.view.vm(vm_id)
+        if record is None:
+            return "" if self._state.view.vm(vm_id, Level.OBSERVED) is None else "waiting for a quorum to certify the request"
+        if record.placement is not None:
+            return ""
+        if record.spec.desired is not Desired.RUNNING:
+            return "it is not to be started"
+        memory = self._reconciler.memories.get(vm_id)
+        if memory is not None and memory.claim_needs is not None:
+            return "this node claimed it; waiting for a quorum to certify that"
+        decision = place(vm_id, record.spec.resources, nodes=self._live_nodes(), promises=self._promises(but=vm_id))
+        if decision.node_id is None:
+            return decision.why
+        chosen = self._state.view.node(decision.node_id)
+        return f"waiting for {chosen.name if chosen is not None else decision.node_id} to claim it"
+
+    async def read_log(self, vm_id: str, tail_lines: int) -> bytes:
+        """The last lines of a VM's console.
+
+        Raises:
+          NotFoundError: nothing of it is on this node.
+        """
+        return await self._hypervisor.read_log(vm_id, tail_lines=tail_lines)
+
+    async def follow_log(self, vm_id: str, *, tail_lines: int = 0) -> AsyncIterator[bytes]:
+        """What the console prints from now on, until the VM's process ends; first the last lines, if asked for.
+
+        A VM that does not run has no more to say: the iteration ends at once.
+        """
+        vm = self._running_vm(vm_id)
+        if vm is None:
+            return
+        stream = await vm.console.follow(tail_lines=tail_lines)
+        try:
+            while chunk := await stream.receive_some():
+                yield chunk
+        finally:
+            await stream.aclose()
+
+    async def open_console(self, vm_id: str, *, tail_lines: int = 20) -> ConsoleStream:
+        """A running VM's console, beginning with its last lines; several people may share it.
+
+        Raises:
+          ConflictError: it does not run.
+        """
+        return await self._need_running_vm(vm_id).console.follow(tail_lines=tail_lines)
+
+    async def write_console(self, vm_id: str, data: bytes) -> None:
+        """Type into a running VM's console.
+
+        Raises:
+          ConflictError: it does not run.
+        """
+        await self._need_running_vm(vm_id).console.type(data)
+
+    def _running_vm(self, vm_id: str) -> BootedVm | None:
+        memory = self._reconciler.memories.get(vm_id)
+        return memory.vm if memory is not None and memory.vm is not None and not memory.vm.has_ended else None
+
+    def _need_running_vm(self, vm_id: str) -> BootedVm:
+        vm = self._running_vm(vm_id)
+        if vm is None:
+            raise ConflictError(f"{vm_id} does not run on this node", hint="formation vm logs shows what it printed last")
+        return vm
+
+    async def _run_hypervisor(self, *, task_status: TaskStatus[None]) -> None:
+        await self._hypervisor.run(task_status=task_status)
+
+    # --- placement ---
+
+    def _choose(self, record: VmRecord) -> str | None:
+        """Why this node should claim the VM; None if it should not."""
+        if not self.hypervisor_name:
+            return None
+        needs = record.spec.resources
+        decision = place(record.vm_id, needs, nodes=self._live_nodes(), promises=self._promises(but=record.vm_id))
+        return decision.why if decision.node_id == self._node_id else None
+
+    def _live_nodes(self) -> list[NodeRecord]:
+        return [n for n in self._state.view.nodes() if n.node_id == self._node_id or self._is_live(NodeId(n.node_id))]
+
+    def _promises(self, *, but: str = "") -> dict[str, Resources]:
+        """What each node promised: by the view, and by our claims under way (but that for one VM)."""
+        promises = promises_of(self._state.view.vms())
+        for vm_id, memory in self._reconciler.memories.items():
+            record = self._state.view.vm(vm_id)
+            is_counted = record is not None and record.placement is not None
+            if memory.claim_needs is not None and vm_id != but and not is_counted:
+                promises[self._node_id] = add(promises.get(self._node_id, NOTHING), memory.claim_needs)
+        return promises
+
+    # --- workers ---
+
+    def _reconcile_soon(self, vm_id: str) -> None:
+        self._dirty.add(vm_id)
+        self._reconciler.interrupt(vm_id)
+        if self._nursery is not None and vm_id not in self._working:
+            self._working.add(vm_id)
+            self._nursery.start_soon(self._work, vm_id)
+
+    async def _work(self, vm_id: str) -> None:
+        """Supervision boundary: one VM's bug never ends the node."""
+        try:
+            while vm_id in self._dirty:
+                self._dirty.discard(vm_id)
+                await self._reconciler.reconcile(vm_id)
+        except Exception:
+            self._fault_count += 1
+            log.exception("vm.worker_failed", vm_id=vm_id)
+            goal = self._reconciler.goal(vm_id)
+            if goal is not None:
+                self._reconciler.memory(vm_id).pause(goal, FAULT_PAUSE_S)
+        finally:
+            self._working.discard(vm_id)
+        if vm_id in self._dirty:
+            self._reconcile_soon(vm_id)
+
+    def _wake_at(self, vm_id: str, at: float) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(self._wake_later, vm_id, at)
+
+    async def _wake_later(self, vm_id: str, at: float) -> None:
+        await trio.sleep_until(at)
+        self._reconcile_soon(vm_id)
+
+    async def _sweep(self) -> None:
+        """Look at everything that this node holds or might take: no lost event and no dead node is for ever."""
+        vms = self._state.view.vms()
+        unplaced = sorted((vm for vm in vms if vm.placement is None), key=lambda vm: (vm.created_ms, vm.vm_id))
+        ours = {vm.vm_id for vm in vms if vm.placement is not None and vm.placement.node_id == self._node_id}
+        held = {*self._ledger.vm_ids(), *self._hypervisor.inventory(), *(lease.vm_id for lease in self._net.leases())}
+        for vm_id in sorted(ours | held) + [vm.vm_id for vm in unplaced[:SWEEP_UNPLACED_COUNT_MAX]]:
+            self._reconcile_soon(vm_id)
+        await trio.lowlevel.checkpoint()
+
+    # --- processes ---
+
+    async def _adopt_all(self) -> None:
+        """Find the processes of an earlier life of this node."""
+        limiter = trio.CapacityLimiter(ADOPT_CONCURRENCY_MAX)
+        async with trio.open_nursery() as nursery:
+            for vm_id in self._hypervisor.inventory():
+                nursery.start_soon(self._adopt, vm_id, limiter)
+
+    async def _adopt(self, vm_id: str, limiter: trio.CapacityLimiter) -> None:
+        try:
+            async with limiter:
+                vm = await self._hypervisor.adopt_vm(vm_id)
+        except FormationError as exc:
+            log.error("vm.not_adopted", vm_id=vm_id, error=exc.message)
+            return
+        memory = self._reconciler.memory(vm_id)
+        if vm is not None:
+            memory.vm = vm
+            self._watch_soon(vm_id, vm)
+            return
+        record = self._state.view.vm(vm_id)
+        if record is None or record.spec.desired is not Desired.RUNNING:
+            return
+        # One that was booting is simply booted again; one that ran has lost its memory, which its owner should know.
+        if self._reconciler.said(vm_id, record.spec.generation) is Said.READY:
+            memory.fail(_LOST_REASON, generation=record.spec.generation)
+
+    def _watch_soon(self, vm_id: str, vm: BootedVm) -> None:
+        assert self._nursery is not None, "run() first"
+        self._nursery.start_soon(self._watch, vm_id, vm)
+
+    async def _watch(self, vm_id: str, vm: BootedVm) -> None:
+        """Turn what becomes of a process into another look at its VM."""
+        failure = await self._wait_ready(vm_id, vm)
+        if failure:
+            # Here and not by a step: a guest that failed must be gone even if its owner wishes anew meanwhile.
+            await self._end_failed(vm)
+        else:
+            self._reconcile_soon(vm_id)
+        reason = failure or await vm.wait_exit()
+        memory = self._reconciler.memories.get(vm_id)
+        if memory is not None and memory.vm is vm:
+            record = self._state.view.vm(vm_id)
+            memory.vm = None
+            if record is not None and not memory.is_stopping:
+                log.warning("vm.ended_unasked", vm_id=vm_id, reason=reason)
+                memory.fail(reason, generation=record.spec.generation)
+        self._reconcile_soon(vm_id)
+
+    async def _wait_ready(self, vm_id: str, vm: BootedVm) -> str:
+        """Why the guest did not become ready; empty when it did."""
+        deadline_s = self._hypervisor.capabilities.ready_deadline_s
+        gone_s = max(0, self._clock.now_ns() // NS_PER_MS - vm.started_ms) / 1000
+        with trio.move_on_after(max(deadline_s - gone_s, min(deadline_s, ADOPTED_READY_DEADLINE_S_MIN))) as waiting:
+            try:
+                await vm.wait_ready()
+            except HostError as exc:
+                return exc.message
+        if not waiting.cancelled_caught:
+            return ""
+        words = printable(await self._last_words(vm_id))
+        return f"the guest was not ready within {deadline_s:.0f} s" + (f"; its last words: {words}" if words else "")
+
+    async def _last_words(self, vm_id: str) -> bytes:
+        try:
+            return await self._hypervisor.read_log(vm_id, tail_lines=LAST_WORDS_LINES)
+        except FormationError:
+            return b""
+
+    async def _end_failed(self, vm: BootedVm) -> None:
+        try:
+            await vm.stop(ask_guest=False)
+        except HostError as exc:
+            log.error("vm.process_stays", vm_id=vm.vm_id, error=exc.message)

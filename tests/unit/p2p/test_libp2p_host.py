@@ -1,0 +1,120 @@
+"""What only the real adapter has: addresses, ports, failures of the library as a whole."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from formation.core.errors import HostError, UnavailableError, UsageError
+from formation.core.keys import KeyPair
+from formation.p2p.libp2p_host import make_libp2p_transport
+from formation.p2p.transport import Verdict
+
+pytestmark = pytest.mark.net
+ANY_PORT = ["/ip4/127.0.0.1/tcp/0"]
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1:4700", "/ip4/127.0.0.1/udp/1", "/dns4/example.org/tcp/1", "/ip4/127.0.0.1"])
+def test_an_address_that_cannot_be_listened_on_is_a_usage_error(address: str) -> None:
+    """Before anything runs, with the form that is wanted."""
+    with pytest.raises(UsageError) as caught:
+        make_libp2p_transport(KeyPair(b"a" * 32), [address])
+    assert "/tcp/" in caught.value.hint
+
+
+async def test_a_port_in_use_is_a_host_error() -> None:
+    """Unchecked, the library would share the port, and each would get half of the connections."""
+    first = make_libp2p_transport(KeyPair(b"a" * 32), ANY_PORT)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            addresses = await nursery.start(first.run)
+            second = make_libp2p_transport(KeyPair(b"b" * 32), addresses)
+            with pytest.raises(HostError, match="in use"):
+                await second.run()
+            nursery.cancel_scope.cancel()
+
+
+async def test_somebody_else_at_the_address_is_not_the_peer() -> None:
+    """A peer is its key."""
+    a, b = (make_libp2p_transport(KeyPair(seed * 32), ANY_PORT) for seed in (b"a", b"b"))
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(a.run)
+            addresses = await nursery.start(b.run)
+            with pytest.raises(UnavailableError):
+                await a.dial(KeyPair(b"c" * 32).node_id, addresses)
+            await a.dial(b.node_id, [f"{addresses[0]}/p2p/{b.node_id}"])
+            assert a.connected() == {b.node_id}
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_node_comes_back_on_its_port() -> None:
+    """Right after it stopped."""
+    first = make_libp2p_transport(KeyPair(b"a" * 32), ANY_PORT)
+    b = make_libp2p_transport(KeyPair(b"b" * 32), ANY_PORT)
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(b.run)
+            async with trio.open_nursery() as inner:
+                addresses = await inner.start(first.run)
+                await b.dial(first.node_id, addresses)
+                inner.cancel_scope.cancel()
+            again = make_libp2p_transport(KeyPair(b"a" * 32), addresses)
+            assert await nursery.start(again.run) == addresses
+            while again.node_id in b.connected():  # noqa: ASYNC110 - the library has no event for it
+                await trio.sleep(0.01)
+            await b.dial(again.node_id, addresses)
+            nursery.cancel_scope.cancel()
+
+
+async def explode() -> None:
+    raise RuntimeError("a bug in the library")
+
+
+async def test_a_failure_of_the_library_is_not_the_end_of_the_node() -> None:
+    """The host is made anew on the same port; peers, handlers and topics come back."""
+    a, b = (make_libp2p_transport(KeyPair(seed * 32), ANY_PORT) for seed in (b"a", b"b"))
+    got: list[bytes] = []
+    went: list[bool] = []
+    a.subscribe("topic", lambda author, data: Verdict.ACCEPT, lambda author, data: got.append(data))
+    a.on_connection(lambda node_id, is_up: went.append(is_up))
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            addresses = await nursery.start(a.run)
+            await nursery.start(b.run)
+            await b.dial(a.node_id, addresses)
+            a._host.get_network().manager.run_task(explode)
+            while a.node_id in b.connected():  # noqa: ASYNC110 - the library has no event for it
+                await trio.sleep(0.01)
+            while a.node_id not in b.connected():
+                await trio.sleep(0.05)
+                try:
+                    await b.dial(a.node_id, addresses)
+                except UnavailableError:
+                    continue
+            while not got:
+                await b.publish("topic", b"x")
+                await trio.sleep(0.02)
+            assert went == [True, False, True]
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_failure_of_gossip_leaves_connections_alone() -> None:
+    """It alone is made anew, and finds the peers that are there."""
+    a, b = (make_libp2p_transport(KeyPair(seed * 32), ANY_PORT) for seed in (b"a", b"b"))
+    got: list[bytes] = []
+    a.subscribe("topic", lambda author, data: Verdict.ACCEPT, lambda author, data: got.append(data))
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            addresses = await nursery.start(a.run)
+            await nursery.start(b.run)
+            await b.dial(a.node_id, addresses)
+            before = a._gossip
+            before.manager.run_task(explode)
+            while a._gossip is before or a._gossip is None:  # noqa: ASYNC110 - no event for it
+                await trio.sleep(0.01)
+            assert a.connected() == {b.node_id}
+            while not got:
+                await b.publish("topic", b"x")
+                await trio.sleep(0.02)
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from formation.core.clock import NS_PER_MS
+from formation.core.errors import ConflictError, DeniedError, NotFoundError
+from formation.core.event import NodeAdvertised, VmClaimed, VmDeleted, VmDesired, VmReady, VmRequested, event_body
+from formation.core.intent import NONCE_SIZE_BYTES, Intent, SignedIntent, sign_intent
+from formation.core.keys import KeyPair
+from formation.core.manifest import Manifest, found_network
+from formation.core.spec import Desired, Resources, VmPhase
+from formation.p2p.loopback import LoopbackNetwork
+from formation.p2p.service import P2pService
+from formation.state.feed import Change, Level
+from formation.state.service import StateService
+from formation.state.store import MemoryDisk, MemoryStore
+
+START_MS = 1_800_000_000_000
+USER = KeyPair(b"u" * 32)
+OTHER = KeyPair(b"o" * 32)
+
+
+class TrioClock:
+    def now_ns(self) -> int:
+        return START_MS * NS_PER_MS + int(trio.current_time() * 1e9)
+
+
+class Cluster:
+    """Whole state services over the in-memory wire."""
+
+    def __init__(self, count: int = 4, observers: int = 0) -> None:
+        self.keys = [KeyPair(bytes([i + 1]) * 32) for i in range(count + observers)]
+        voters = [(f"n{i}", key, (f"/memory/{key.node_id}",)) for i, key in enumerate(self.keys[:count])]
+        self.manifest: Manifest = found_network("test", voters=voters, founded_ms=START_MS)
+        self.network = LoopbackNetwork(7)
+        self.disks = [MemoryDisk() for _ in self.keys]
+        self.services: dict[int, StateService] = {}
+        self._scopes: dict[int, trio.CancelScope] = {}
+        self._generation = 0
+
+    async def start(self, nursery: trio.Nursery, *indices: int) -> None:
+        for index in indices:
+            await nursery.start(self._node, index)
+
+    async def _node(self, index: int, *, task_status: trio.TaskStatus[None]) -> None:
+        self._generation += 1
+        key = self.keys[index]
+        known = {k.node_id: (f"/memory/{k.node_id}",) for k in self.keys if k is not key}
+        is_voter = index < len(self.manifest.voters)
+        linked = frozenset(v.node_id for v in self.manifest.voters) if is_voter else frozenset()
+        transport = self.network.transport(key.node_id)
+        p2p = P2pService(transport=transport, known_peers=known, linked=linked, rng=random.Random(index))
+        service = StateService(
+            manifest=self.manifest,
+            key=key,
+            store=MemoryStore(self.disks[index]),
+            p2p=p2p,
+            clock=TrioClock(),
+            rng=random.Random(self._generation),
+        )
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(p2p.run)
+                await nursery.start(service.run)
+                self.services[index], self._scopes[index] = service, scope
+                task_status.started()
+
+    async def stop(self, index: int) -> None:
+        self._scopes[index].cancel()
+        self.network.kill(self.keys[index].node_id)
+        await trio.sleep(0.1)
+
+    def wish(self, verb: str, body: bytes, object_id: str = "", *, key: KeyPair = USER) -> SignedIntent:
+        now_ms = START_MS + int(trio.current_time() * 1000)
+        intent = Intent(
+            account=key.public_key,
+            verb=verb,
+            object_id=object_id,
+            body=body,
+            nonce=random.Random(now_ms).randbytes(NONCE_SIZE_BYTES),
+            created_ms=now_ms,
+            expires_ms=now_ms + 60_000,
+        )
+        return sign_intent(key.sign, intent, network_id=self.manifest.network_id)
+
+    def create(self, name: str, *, key: KeyPair = USER) -> SignedIntent:
+        event = VmRequested(name=name, image="sha256:" + "0" * 64, image_name="hello", vcpus=1, memory_mib=256, disk_gib=1)
+        return self.wish(event.verb, event_body(event), key=key)
+
+
+@asynccontextmanager
+async def running(count: int = 4, observers: int = 0) -> AsyncIterator[tuple[Cluster, trio.Nursery]]:
+    cluster = Cluster(count, observers)
+    async with trio.open_nursery() as nursery:
+        await cluster.start(nursery, *range(count + observers))
+        yield cluster, nursery
+        nursery.cancel_scope.cancel()
+
+
+def advertised(name: str) -> NodeAdvertised:
+    capacity = Resources(vcpus=1, memory_mib=1, disk_gib=1)
+    return NodeAdvertised(name=name, addresses=(), public_address="a", capacity=capacity, hypervisor="", version="1")
+
+
+async def eventually(check: object, timeout_s: float = 30) -> None:
+    assert callable(check)
+    with trio.fail_after(timeout_s):
+        while not check():
+            await trio.sleep(0.05)
+
+
+async def test_an_event_is_certified_and_read_everywhere(autojump_clock: trio.abc.Clock) -> None:
+    """What one voter appends, each voter reads at the certified level."""
+    async with running() as (cluster, _):
+        service = cluster.services[0]
+        with trio.fail_after(10):
+            token = await service.append_event(advertised("n0"), cluster.keys[0].node_id)
+            await service.wait_certified(token)
+        await eventually(lambda: all(len(s.view.nodes()) == 1 for s in cluster.services.values()))
+        assert service.status().has_quorum
+
+
+async def test_a_vm_from_intent_to_ready(autojump_clock: trio.abc.Clock) -> None:
+    """The claim winner's status is the VM's; another account can change nothing; a deleted VM stays deleted."""
+    async with running() as (cluster, _):
+        first, second = cluster.services[0], cluster.services[1]
+        await first.wait_certified(await first.append_intent(cluster.create("web")))
+        await eventually(lambda: len(second.view.vms()) == 1)
+        vm = second.view.vms()[0]
+        assert vm.owner == USER.account_id
+        assert vm.status.phase is VmPhase.PENDING
+        await second.wait_certified(await second.append_event(VmClaimed(why="fits"), vm.vm_id))
+        ready = VmReady(trace_id=vm.trace_id, generation=0, address="10.0.0.1", ports=(), boot_ms=900)
+        await second.wait_certified(await second.append_event(ready, vm.vm_id))
+        await eventually(lambda: any(v.status.phase is VmPhase.RUNNING for v in first.view.vms()))
+        placement = first.view.vms()[0].placement
+        assert placement is not None
+        assert placement.node_id == cluster.keys[1].node_id
+        with pytest.raises(ConflictError):
+            await first.append_intent(cluster.create("web"))
+        with pytest.raises(DeniedError):
+            await first.append_intent(cluster.wish(VmDeleted.verb, event_body(VmDeleted()), vm.vm_id, key=OTHER))
+        stop = VmDesired(desired=Desired.STOPPED, generation=1)
+        await first.append_intent(cluster.wish(stop.verb, event_body(stop), vm.vm_id))
+        token = await first.append_intent(cluster.wish(VmDeleted.verb, event_body(VmDeleted()), vm.vm_id))
+        await first.wait_certified(token)
+        await eventually(lambda: second.view.vm_is_deleted(vm.vm_id))
+        assert second.view.vms() == ()
+        with pytest.raises(NotFoundError):
+            await first.append_intent(cluster.wish(VmDeleted.verb, event_body(VmDeleted()), vm.vm_id))
+
+
+async def test_three_of_four_go_on_and_the_fourth_catches_up(autojump_clock: trio.abc.Clock) -> None:
+    """A stopped voter does not hinder the others; restarted, it reads all it missed and keeps its positions."""
+    async with running() as (cluster, nursery):
+        node = cluster.services[3]
+        await node.append_event(advertised("n3"), cluster.keys[3].node_id)
+        await cluster.stop(3)
+        first = cluster.services[0]
+        for i in range(150):
+            token = await first.append_event(advertised(f"n0-{i}"), cluster.keys[0].node_id)
+        with trio.fail_after(30):
+            await first.wait_certified(token)
+        await cluster.start(nursery, 3)
+        back = cluster.services[3]
+        await eventually(lambda: (n := back.view.node(cluster.keys[0].node_id)) is not None and n.name == "n0-149")
+        assert await back.append_event(advertised("n3"), cluster.keys[3].node_id)
+
+
+async def test_without_quorum_nothing_is_certified_until_it_heals(autojump_clock: trio.abc.Clock) -> None:
+    """Two of four observe their own writes, certify nothing, and certify by themselves at heal."""
+    async with running() as (cluster, _):
+        ids = [key.node_id for key in cluster.keys]
+        cluster.network.partition([ids[0], ids[1]], [ids[2], ids[3]])
+        service = cluster.services[0]
+        token = await service.append_event(advertised("lonely"), ids[0])
+        with trio.move_on_after(5) as scope:
+            await service.wait_certified(token)
+        assert scope.cancelled_caught
+        assert service.view.node(ids[0]) is None
+        assert service.view.node(ids[0], Level.OBSERVED) is not None
+        cluster.network.heal()
+        with trio.fail_after(60):
+            await service.wait_certified(token)
+
+
+async def test_changes_resume_after_a_restart(autojump_clock: trio.abc.Clock) -> None:
+    """Positions survive a restart: reading again from 0 gives the same changes at the same numbers."""
+    async with running() as (cluster, nursery):
+
+        async def read(count: int) -> list[tuple[int, str, str]]:
+            rows: list[tuple[int, str, str]] = []
+            async for change in cluster.services[0].changes(since=0):
+                assert isinstance(change, Change)
+                rows.append((change.position, change.level, change.verb))
+                if len(rows) == count:
+                    return rows
+            raise AssertionError
+
+        for i in range(3):
+            token = await cluster.services[0].append_event(advertised(str(i)), cluster.keys[0].node_id)
+        await cluster.services[0].wait_certified(token)
+        await eventually(lambda: cluster.services[0].status().position == 6)
+        before = await read(6)
+        await cluster.stop(0)
+        await cluster.start(nursery, 0)
+        assert await read(6) == before
+        assert [row[0] for row in before] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_an_observer_reads_and_does_not_write(autojump_clock: trio.abc.Clock) -> None:
+    """A node outside the committee converges, by gossip or by sync, and refuses writes."""
+    async with running(observers=1) as (cluster, _):
+        service, observer = cluster.services[0], cluster.services[4]
+        await service.append_event(advertised("n0"), cluster.keys[0].node_id)
+        await eventually(lambda: len(observer.view.nodes()) == 1)
+        with pytest.raises(DeniedError):
+            await observer.append_event(advertised("me"), cluster.keys[4].node_id)
