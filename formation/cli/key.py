@@ -24,7 +24,7 @@ KEY_COLUMNS = (
     Column("NAME", lambda key: str(key["name"])),
     Column("ACCOUNT", lambda key: str(key["account_id"]) or "unusable", whole=True),
     Column("FILE", lambda key: str(key["path"]), whole=True),
-    Column("PROBLEM", lambda key: str(key["problem"])),
+    Column("PROBLEM", lambda key: str(key["problem"]), whole=True),
 )
 KEY_FIELDS = (
     Column("Name", lambda key: str(key["name"])),

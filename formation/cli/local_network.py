@@ -97,7 +97,9 @@ class LocalNetwork:
         for node, listen in zip(nodes, addresses, strict=True):
             node.folder.mkdir(mode=0o700)
             write_key_file(node.folder / "node.key", node.key)
-            (node.folder / "config.toml").write_text(_node_config(folder, node, listen, node_settings))
+            # The first builds from this user's cache; the others have none, so they really pull what they boot.
+            cache = () if node is nodes[0] else (f'cache_dir = "{node.folder / "cache"}"',)
+            (node.folder / "config.toml").write_text(_node_config(folder, node, listen, (*cache, *node_settings)))
         config = f'[client]\nhost = "{nodes[0].socket}"\naccount_key = "{folder / "account.key"}"\n'
         (folder / "config.toml").write_text(config)
         env = {**os.environ, "FORMATION_CONFIG": str(folder / "config.toml")}

@@ -74,6 +74,7 @@ class Watch:
     _ending: tuple[str, str, float] | None = None
     _unknown_since_s: float | None = None
     _absent_since_s: float | None = None
+    _missing_since_s: float | None = None
 
     def __post_init__(self) -> None:
         """The first step is measured from the start."""
@@ -115,10 +116,10 @@ class Watch:
         """The VM as the node shows it now; None when there is no such VM (any more)."""
         self.needs_look = False
         if vm is None:
-            if self.vm and self.goal is not Goal.GONE:
-                self.failure = NotFoundError(f"{self.label} was deleted meanwhile", hint="formation vm list")
+            self._judge_absence_of_vm(now_s)
             self._judge_event(now_s)
             return
+        self._missing_since_s = None
         self.vm = dict(vm)
         phase, reason = str(vm.get("phase", "")), reason_of(vm)
         status = vm.get("status") or {}
@@ -181,6 +182,13 @@ class Watch:
                 self._fail(reason)
             else:
                 self.is_done = True
+
+    def _judge_absence_of_vm(self, now_s: float) -> None:
+        # A node that has just come back may not have all certificates again: believe it after a while only.
+        if self._missing_since_s is None:
+            self._missing_since_s = now_s
+        if self.goal is not Goal.GONE and now_s - self._missing_since_s >= CONFIRM_S:
+            self.failure = NotFoundError(f"{self.label} was deleted meanwhile", hint="formation vm list")
 
     def _judge_silence(self, reason: str, now_s: float) -> None:
         if self._unknown_since_s is None:

@@ -212,7 +212,7 @@ class _Api:
         if not scope.cancelled_caught:
             return
         status = self._state.status()
-        online = sum(voter.online for voter in status.voters)
+        online = sum(voter.is_online for voter in status.voters)
         raise QuorumError(
             f"written here, but only {online} of {len(status.voters)} voters answer and {status.quorum_size} are needed",
             hint="it takes effect by itself when a quorum is back: formation status",
@@ -328,7 +328,7 @@ async def _send_events(reads: Reads, send: SendBytes, *, wanted: Filter, since: 
         if follow:
             nursery.start_soon(keep_alive)
         # Without `follow`, the feed ends at the newest change there is now.
-        end = None if follow else reads.state.newest_position()
+        end = None if follow else reads.state.status().position
         if end is None or (since if since is not None else end) < end:
             async for item in reads.state.changes(since=since):
                 if isinstance(item, Gap):

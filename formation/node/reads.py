@@ -70,7 +70,11 @@ class Reads:
                 "uncertified_count": state.uncertified_count,
                 "lanes": state.lane_count,
                 "evidence_count": state.evidence_count,
-                "voters": [msgspec.to_builtins(voter) for voter in state.voters],
+                "is_level": state.is_level,
+                "voters": [
+                    {"name": v.name, "node_id": v.node_id, "online": v.is_online, "lag_s": v.last_ack_age_s}
+                    for v in state.voters
+                ],
             },
             "peers": [
                 {
@@ -89,7 +93,7 @@ class Reads:
     def _warnings(self) -> list[dict[str, str]]:
         state = self.state.status()
         warnings = []
-        silent = [voter.name for voter in state.voters if not voter.online]
+        silent = [voter.name for voter in state.voters if not voter.is_online]
         if not state.has_quorum:
             warnings.append(
                 {

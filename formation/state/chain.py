@@ -190,11 +190,12 @@ class Lane:
         Returns:
           (blocks that left the chain, blocks that joined it, in order); both empty if nothing changed.
         """
-        branch = self._quorum_branch()
+        branch, voters = self._quorum_branch()
         kept = 0
         while kept < len(branch) and self.chain.get(branch[kept].block.seq) is branch[kept]:
             kept += 1
         if kept == len(branch):
+            self._confirm_branch(branch, voters)
             return (), ()
         first = branch[kept].block.seq
         gone = tuple(self.chain.pop(seq) for seq in range(first, self.head_seq + 1))
@@ -210,25 +211,27 @@ class Lane:
             self.side.pop(entry.hash, None)
             if self.waiting.get(entry.block.seq) is entry:
                 del self.waiting[entry.block.seq]
-        # A voter's newest ack may lie on the branch, below its end; `append` counted exact hits on the new part only.
-        for seq, entry in self.chain.items():
-            for voter in self.tally.voters_of(seq, entry.hash):
-                self.tally.confirm(voter, seq)
+        self._confirm_branch(branch, voters)
         self.is_doubtful = False
         return gone, branch[kept:]
 
-    def _quorum_branch(self) -> tuple[Entry, ...]:
-        """The blocks above the certified one, up to the highest that a quorum's acks stand on."""
+    def _confirm_branch(self, branch: tuple[Entry, ...], voters: frozenset[int]) -> None:
+        """These voters' newest acks stand at the branch's end or behind it, on blocks that need not be on our chain."""
+        for voter in voters:
+            self.tally.confirm(voter, branch[-1].block.seq)
+
+    def _quorum_branch(self) -> tuple[tuple[Entry, ...], frozenset[int]]:
+        """The blocks above the certified one, up to the highest that a quorum's acks stand on; and that quorum."""
         known = {e.hash: e for e in (*self.chain.values(), *self.waiting.values())} | self.side
-        best: tuple[Entry, ...] = ()
+        best: tuple[tuple[Entry, ...], frozenset[int]] = ((), frozenset())
         for head in self.tally.heads:
             path = self._path(known, head)
-            # How many voters' newest acks are at this block or behind it on the path.
-            count = 0
+            # Whose newest acks are at this block or behind it on the path.
+            voters: set[int] = set()
             for index in range(len(path) - 1, -1, -1):
-                count += len(tuple(self.tally.voters_of(path[index].block.seq, path[index].hash)))
-                if self.tally.has_quorum(count):
-                    best = max(best, path[: index + 1], key=len)
+                voters.update(self.tally.voters_of(path[index].block.seq, path[index].hash))
+                if self.tally.has_quorum(len(voters)):
+                    best = max(best, (path[: index + 1], frozenset(voters)), key=lambda found: len(found[0]))
                     break
         return best
 

@@ -610,8 +610,6 @@ class Replica:
 
     def _adopt(self, lane: Lane) -> None:
         gone, joined = lane.adopt_nowait()
-        if not joined:
-            return
         if gone and lane.evidence is None:
             # Both branches are signed, so they meet at a block that proves it.
             self._freeze(lane, gone[0], joined[0])

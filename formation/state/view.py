@@ -72,6 +72,12 @@ class View:
         cell = self._folds[level].cell(RecordKind.VM, vm_id)
         return None if cell is None else cell.owner.value
 
+    def claim(self, vm_id: str) -> Placement | None:
+        """Who holds the placement, even before the VM's own intent has arrived here."""
+        cell = self._folds[Level.CERTIFIED].cell(RecordKind.VM, vm_id)
+        claim = None if cell is None else cell.claim
+        return None if claim is None else Placement(node_id=claim.node_id, why=claim.why, hlc=claim.hlc)
+
     def trace_id(self, vm_id: str) -> str:
         """Trace of the intent that made the VM, at the widest level; empty when unknown."""
         cell = self._folds[Level.OBSERVED].cell(RecordKind.VM, vm_id)
@@ -96,12 +102,11 @@ class View:
         self._cache[level, kind, object_id] = (*versions, record)
         return record
 
-    def _vm(self, vm_id: str, cell: Cell, certified: Cell | None) -> VmRecord | None:
+    def _vm(self, vm_id: str, cell: Cell, _certified: Cell | None) -> VmRecord | None:
         owner, stamp = cell.owner.value, cell.owner.stamp
         if owner is None or stamp is None or cell.is_deleted:
             return None
-        claim = None if certified is None else certified.claim
-        placement = None if claim is None else Placement(node_id=claim.node_id, why=claim.why, hlc=claim.hlc)
+        placement = self.claim(vm_id)
         said = None if placement is None else cell.fields.get(placement.node_id)
         status = {"phase": VmPhase.PENDING.value} if said is None else {"phase": VmPhase.PLACING.value} | said.read()
         if placement is not None and said is None:
