@@ -6,8 +6,6 @@ from exec to the guest's own word `ready`. The ratio says what Formation adds to
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +17,11 @@ from typing import Any
 
 from bench.report import header, row
 from formation.cli.local_network import LocalNetwork, local_network
+from formation.core.ids import Digest
 from formation.core.manifest import read_draft
+from formation.pack.blobs import BlobStore
+from formation.pack.guest import VmGuestConfig, vm_config_cpio
+from formation.pack.manifest import parse_manifest
 
 ROUNDS = 5
 ROOT = Path(__file__).parents[2]
@@ -44,7 +46,7 @@ def main(*, small: bool) -> None:
             vm = network.nodes[0].client.get(f"/v1/vms/{name}")
             for step, took_s in _split(network, vm["trace_id"]).items():
                 steps[step].append(took_s)
-            command, kept = _copy_of(vm["vm_id"], Path(folder) / name)
+            command, kept = _copy_of(vm, Path(folder) / name)
             _formation(network, "vm", "delete", name, "--yes")
             by_hand.append(_time_by_hand(command, kept))
     print(header("From command to ready"))
@@ -71,18 +73,23 @@ def _split(network: LocalNetwork, trace_id: str) -> dict[str, float]:
     return {later: (at_ms[later] - at_ms[earlier]) / 1000 for earlier, later in pairwise(seen)}
 
 
-def _copy_of(vm_id: str, folder: Path) -> tuple[list[str], Path]:
-    """The running guest's own command line, and a folder like its own."""
+def _copy_of(vm: dict[str, Any], folder: Path) -> tuple[list[str], Path]:
+    """The running guest's own command line, and a folder with the initrd that it was given."""
+    vm_id = vm["vm_id"]
     for entry in Path("/proc").iterdir():
         try:
             arguments = (entry / "cmdline").read_bytes().split(b"\0")[:-1] if entry.name.isdigit() else []
         except OSError:
             continue
         if arguments and b"qemu-system" in arguments[0] and vm_id.encode() in arguments:
-            home = Path(os.readlink(entry / "cwd"))
+            command = [argument.decode() for argument in arguments]
+            store = BlobStore(Path(command[command.index("-kernel") + 1]).parents[2])
+            manifest = parse_manifest(store.path_of(Digest(vm["spec"]["image"])).read_bytes())
+            parts = [store.path_of(Digest(blob.digest)).read_bytes() for blob in manifest.initrds]
             folder.mkdir()
-            shutil.copy(home / "initrd.cpio", folder)
-            return [argument.decode() for argument in arguments], folder
+            config = vm_config_cpio(VmGuestConfig(vm_id=vm_id, hostname=vm["spec"]["name"], env={}))
+            (folder / "initrd.cpio").write_bytes(b"".join(parts) + config)
+            return command, folder
     raise RuntimeError(f"no hypervisor process of {vm_id}")
 
 

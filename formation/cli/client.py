@@ -1,6 +1,6 @@
 """Synchronous client of a node's HTTP API, over its unix socket or TCP.
 
-It stands on the standard library's `http.client`: importing httpx alone takes as long as a whole `formation ps`. One
+It stands on the standard library's `http.client`, which imports in some 10 ms where httpx took 111 ms (one run each). One
 request is one connection, which on a unix socket costs less than keeping track of one.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+from base64 import urlsafe_b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,10 +98,23 @@ class Client:
             yield from _parse_events(self._lines(response))
 
     def stream(
-        self, path: str, query: Mapping[str, str] | None = None, *, timeout_s: float | None = STREAM_TIMEOUT_S
+        self,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        *,
+        permit: bytes = b"",
+        timeout_s: float | None = STREAM_TIMEOUT_S,
     ) -> Iterator[bytes]:
-        """The bytes of an endless answer as they come; an empty first piece says that the stream is open."""
-        with self._request("GET", _url(path, query), timeout_s=timeout_s) as response:
+        """The bytes of an endless answer as they come; an empty first piece says that the stream is open.
+
+        Args:
+          path: what to follow.
+          query: how.
+          permit: the owner's signed leave, for VMs that another node holds.
+          timeout_s: longest silence; None: any.
+        """
+        headers = {"Formation-Permit": urlsafe_b64encode(permit).decode()} if permit else {}
+        with self._request("GET", _url(path, query), headers=headers, timeout_s=timeout_s) as response:
             yield b""
             while data := self._read_some(response):
                 yield data

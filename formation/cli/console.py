@@ -36,13 +36,15 @@ def run_console(cli: Cli, vm: Mapping[str, Any]) -> None:
       UsageError: stdin is no terminal.
       FormationError: the node refuses, or the connection breaks.
     """
+    from formation.cli.wish import make_permit
+
     if not sys.stdin.isatty():
         raise UsageError("a console needs a terminal", hint="for the output alone: formation vm logs -f VM")
     name = str((vm.get("spec") or {}).get("name") or vm["vm_id"])
     ended: queue.Queue[FormationError | None] = queue.Queue()
     opened = threading.Event()
-    path = f"/v1/vms/{vm['vm_id']}/console"
-    reader = threading.Thread(target=_copy_output, args=(cli, path, opened, ended), daemon=True)
+    path, permit = f"/v1/vms/{vm['vm_id']}/console", make_permit(cli, str(vm["vm_id"]))
+    reader = threading.Thread(target=_copy_output, args=(cli, path, permit, opened, ended), daemon=True)
     reader.start()
     while not opened.wait(_POLL_S):
         _raise_if_ended(ended, name)
@@ -92,10 +94,12 @@ def _copy_keys(cli: Cli, path: str, ended: queue.Queue[FormationError | None]) -
             return None
 
 
-def _copy_output(cli: Cli, path: str, opened: threading.Event, ended: queue.Queue[FormationError | None]) -> None:
+def _copy_output(
+    cli: Cli, path: str, permit: bytes, opened: threading.Event, ended: queue.Queue[FormationError | None]
+) -> None:
     try:
         # A guest at a prompt is silent for as long as its user thinks.
-        for data in cli.client.stream(path, timeout_s=None):
+        for data in cli.client.stream(path, permit=permit, timeout_s=None):
             opened.set()
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()

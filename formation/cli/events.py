@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ EXAMPLES = (
     "formation events                      everything that this node remembers",
     "formation events -f                   what happens from now on",
     "formation events -f --topic vm        only VMs'",
+    "formation events -o wide              also positions, and each level by itself",
     "formation events --vm web -o jsonl    one VM's, for programs",
 )
 _TOPICS = Literal["node", "account", "image", "vm", "net"]
@@ -77,6 +79,15 @@ def _follow(cli: Cli, query: dict[str, str], since: str, show: _Lines) -> None:
             show.event(item.kind, item.data)
 
 
+# An event is told when it is observed and again when it is certified, with this much between them at most.
+TOLD_COUNT_MAX = 500
+
+
+def event_key(data: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What an event has in common with its second telling, at the level `certified`."""
+    return tuple(data.get(name) for name in ("verb", "object_id", "node_id", "account", "at_ms", "void"))
+
+
 class _Lines:
     """Writes events in the wanted form."""
 
@@ -84,6 +95,7 @@ class _Lines:
         self._cli = cli
         self._names = names
         self._all: list[Any] = []
+        self._told: deque[tuple[Any, ...]] = deque(maxlen=TOLD_COUNT_MAX)
         self.count = 0
         self.was_open = False
 
@@ -101,7 +113,8 @@ class _Lines:
             out.line(to_json_line(data)) if self.was_open else self._all.append(data)
         elif out.format is Format.JSONL:
             out.line(to_json_line(data))
-        else:
+        elif out.format is Format.WIDE or event_key(data) not in self._told:
+            self._told.append(event_key(data))
             out.line(event_line(data, self._names, color=out.color_out, wide=out.format is Format.WIDE))
 
     def end(self) -> None:
@@ -139,7 +152,7 @@ def event_detail(data: Mapping[str, Any]) -> str:
         return ""
     if data.get("void"):
         return f"void: {data['void']}"
-    texts = [f"{key}={fields[key]}" for key in _DETAIL_KEYS if fields.get(key) not in (None, "")]
+    texts = [f"{key}={fields[key]}" for key in _DETAIL_KEYS if fields.get(key)]
     return " ".join([*texts, *port_texts(fields)])
 
 

@@ -45,6 +45,7 @@ class FakeNode:
         """What becomes of a wish for a VM: ready, failed, silent (no event at all), unknown."""
         self.builds: list[tuple[dict[str, str], bytes]] = []
         self.build_error: FormationError | None = None
+        self.permits: list[str] = []
         self.typed = b""
         self.log = b"hello from the guest\n"
         self.break_streams = 0
@@ -108,7 +109,9 @@ class FakeNode:
             raise self.refuse
         wish = parse_intent(raw)
         check_intent(verify_ed25519, wish, network_id=NETWORK_ID, now_ms=int(time.time() * 1000))
-        self.wishes.append(raw)
+        with self.changed:
+            self.wishes.append(raw)
+            self.changed.notify_all()
         event = parse_event(wish.intent.verb, wish.intent.body)
         object_id = wish.intent.object_id
         if isinstance(event, VmRequested):
@@ -316,6 +319,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(node.find_vm(wanted))
             case ["vms", wanted, "logs"]:
                 node.find_vm(wanted)
+                node.permits.append(self.headers.get("Formation-Permit", ""))
                 self._stream(iter([node.log]), "text/plain")
             case ["vms", wanted, "console"]:
                 node.find_vm(wanted)

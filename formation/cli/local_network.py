@@ -65,6 +65,12 @@ class LocalNode:
             return ""
         return "\n".join(lines[-_LOG_TAIL_LINES:])
 
+    def last_words(self) -> str:
+        """Why it ended, as it told people; else its last line."""
+        lines = self.log_tail().splitlines()
+        errors = [line for line in lines if line.startswith("Error: ")]
+        return (errors or lines or ["without a word"])[-1].removeprefix("Error: ")
+
 
 @dataclass(slots=True)
 class LocalNetwork:
@@ -128,19 +134,21 @@ class LocalNetwork:
         """Wait until these nodes (default: all) answer, are connected to each other, and have a quorum.
 
         Raises:
-          HostError: one ended, with the end of its log; or the time is over.
+          HostError: one ended, with its last words; or the time is over.
         """
         wanted = list(nodes or self.nodes)
         deadline = time.monotonic() + timeout_s
         for node in wanted:
             others = {other.key.node_id for other in wanted if other is not node}
             while not self._sees(node, others):
-                if not node.is_running:
+                for ended in (other for other in wanted if not other.is_running):
                     raise HostError(
-                        f"node {node.name} ended while starting:\n{node.log_tail()}", hint="the lines above say why"
+                        f"node {ended.name} ended: {ended.last_words()}", hint=f"its log: {ended.folder / 'node.log'}"
                     )
                 if time.monotonic() > deadline:
-                    raise HostError(f"node {node.name} did not find the others in {timeout_s:.0f} s:\n{node.log_tail()}")
+                    raise HostError(
+                        f"node {node.name} did not find the others in {timeout_s:.0f} s", hint="is the machine overloaded?"
+                    )
                 time.sleep(_POLL_S)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""`formation node`: its flags. The node itself is imported when it runs: that takes ten times as long as all else here."""
+"""`formation node`: its flags. The node itself is imported when it runs, for its libraries are slow to load."""
 
 from __future__ import annotations
 

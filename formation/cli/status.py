@@ -61,7 +61,7 @@ def _voters(status: Row) -> str:
     lines = []
     for voter in _part(status, "state").get("voters") or []:
         lag_s = voter.get("lag_s")
-        seen = f"last seen {format_duration(float(lag_s))} ago" if isinstance(lag_s, int | float) else "not seen yet"
+        seen = f"last new ack {format_duration(float(lag_s))} ago" if isinstance(lag_s, int | float) else "no ack yet"
         lines.append(f"{voter.get('name', '?')}: {'online' if voter.get('online') else 'SILENT'}, {seen}")
     return "\n".join(lines)
 
@@ -82,7 +82,9 @@ def _peers(status: Row) -> str:
 
 def _host(status: Row) -> str:
     host = _part(status, "host")
-    kind = "/".join(str(host[key]) for key in ("hypervisor", "accelerator") if host.get(key)) or "no hypervisor"
+    kind, accelerator = str(host.get("hypervisor") or "no hypervisor"), str(host.get("accelerator") or "")
+    if accelerator and not kind.endswith(accelerator):
+        kind += f"/{accelerator}"
     lines = [f"{kind}" + (f": {host['why']}" if host.get("why") else "")]
     if isinstance(host.get("capacity"), Mapping):
         lines.append(f"offers {capacity_text(host['capacity'])}")

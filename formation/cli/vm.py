@@ -21,6 +21,8 @@ group = new_group("Virtual machines: make, look at, start, stop, delete.")
 
 LOG_TAIL_DEFAULT = 200
 _LOG_TAIL_MAX = 10_000
+# The holder may be another node; more than this is one that does not answer.
+_LOG_TIMEOUT_S = 30.0
 
 Name = Annotated[str, typer.Argument(metavar="VM", help="Name, id, or unique prefix of an id.", autocompletion=complete_vms)]
 Names = Annotated[
@@ -116,12 +118,15 @@ def show_logs(
     ] = LOG_TAIL_DEFAULT,
 ) -> None:
     """Show what the guest wrote on its console."""
+    from formation.cli.wish import make_permit
+
     if lines not in range(_LOG_TAIL_MAX + 1):
         raise UsageError(f"--lines: {lines} is not within 0 and {_LOG_TAIL_MAX}", hint="formation logs -n 200 VM")
     vm_id = str(find_vm(cli, vm)["vm_id"])
     query = {"tail": str(lines)} | ({"follow": "1"} if follow else {})
     # A quiet guest writes nothing for hours; only the connection's end ends a log that is followed.
-    for data in cli.client.stream(f"/v1/vms/{vm_id}/logs", query, timeout_s=None if follow else 30.0):
+    timeout_s = None if follow else _LOG_TIMEOUT_S
+    for data in cli.client.stream(f"/v1/vms/{vm_id}/logs", query, permit=make_permit(cli, vm_id), timeout_s=timeout_s):
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 

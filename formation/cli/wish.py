@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from formation.core.errors import UnavailableError
+from formation.core.errors import NotFoundError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from formation.cli.context import Cli
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _NETWORK_ID_SIZE_BYTES = 32
 _MS_PER_S = 1000
+# What the holder of a VM asks for before it shows a log or a console to another node.
+_PERMIT_VERB = "vm.attach"
+_EMPTY_MAP = b"\xa0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,17 @@ class Made:
     wish: SignedIntent
     object_id: str
     trace_id: str
+
+
+def make_permit(cli: Cli, vm_id: str) -> bytes:
+    """The account's signed leave to look into its VM, wherever it runs: COSE bytes of an intent that changes nothing.
+
+    Empty without a usable key: the node that is asked may hold the VM itself, and then wants none.
+    """
+    try:
+        return _sign(cli, verb=_PERMIT_VERB, body=_EMPTY_MAP, object_id=vm_id).signed.raw
+    except (NotFoundError, UsageError):
+        return b""
 
 
 def make_wish(cli: Cli, event: Event, *, object_id: str = "") -> Made:
@@ -40,7 +54,14 @@ def make_wish(cli: Cli, event: Event, *, object_id: str = "") -> Made:
       UnavailableError: no node to ask for its network.
     """
     from formation.core.event import event_body
-    from formation.core.ids import NetworkId, trace_id_of, vm_id_of
+    from formation.core.ids import trace_id_of, vm_id_of
+
+    wish = _sign(cli, verb=event.verb, body=event_body(event), object_id=object_id)
+    return Made(wish, object_id or vm_id_of(wish.digest), trace_id_of(wish.digest))
+
+
+def _sign(cli: Cli, *, verb: str, body: bytes, object_id: str) -> SignedIntent:
+    from formation.core.ids import NetworkId
     from formation.core.intent import LIFETIME_MS, NONCE_SIZE_BYTES, Intent, sign_intent
 
     key = cli.key()
@@ -48,15 +69,14 @@ def make_wish(cli: Cli, event: Event, *, object_id: str = "") -> Made:
     now_ms = int(time.time() * _MS_PER_S)
     intent = Intent(
         account=key.public_key,
-        verb=event.verb,
+        verb=verb,
         object_id=object_id,
-        body=event_body(event),
+        body=body,
         nonce=secrets.token_bytes(NONCE_SIZE_BYTES),
         created_ms=now_ms,
         expires_ms=now_ms + LIFETIME_MS,
     )
-    wish = sign_intent(key.sign, intent, network_id=network_id)
-    return Made(wish, object_id or vm_id_of(wish.digest), trace_id_of(wish.digest))
+    return sign_intent(key.sign, intent, network_id=network_id)
 
 
 def node_names(cli: Cli) -> dict[str, str]:

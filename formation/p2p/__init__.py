@@ -4,10 +4,11 @@
 |---|---|
 | `transport` | the port: what this room needs of a peer-to-peer library |
 | `loopback` | its in-memory twin, with seeded delay, loss, partition and crash |
-| `libp2p_host`, `libp2p_patches` | its adapter: the only files that import libp2p |
-| `frames`, `router`, `backoff`, `calls` | pure machines: framing, who is up, when to dial again, the request protocol |
-| `discovery` | dials known peers, looks lost ones up, closes dead connections |
-| `publisher`, `subscriber` | gossip out and in |
+| `libp2p_host` and the other `libp2p_*` | its adapter: the only files that import libp2p; `libp2p_patches` mends it |
+| `frames`, `calls`, `router`, `backoff` | pure machines: framing, the request protocol, who is where, when to try again |
+| `discovery`, `presence` | dials known peers, looks lost ones up; waits for peers to come and go |
 | `link` | long-lived direct streams between voters |
+| `requests`, `serving` | one question and one answer; how handlers of streams are run |
+| `publisher`, `subscriber` | gossip out and in |
 | `service` | the one door for the rooms above |
 """

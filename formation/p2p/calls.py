@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from formation.core.codec import decode, encode
 from formation.core.errors import DecodeError, FormationError, RemoteFault, error_from_code
-from formation.p2p.frames import LENGTH_SIZE_BYTES, FrameDecoder, encode_frame
+from formation.p2p.frames import FrameDecoder, encode_frame
 
 STATUS_OK = 0
 STATUS_ERROR = 1
@@ -77,11 +77,6 @@ def decode_error(payload: bytes) -> FormationError:
         return RemoteFault(f"error answer of {len(texts)} texts")
     code, message, hint = (_printable(text) for text in texts)
     return error_from_code(code, message or "the peer gave no reason", hint)
-
-
-def request_size_max_bytes(payload_size_max_bytes: int) -> int:
-    """Bytes on the wire of the largest request."""
-    return LENGTH_SIZE_BYTES + payload_size_max_bytes
 
 
 def _printable(text: str) -> str:

@@ -11,6 +11,7 @@ Dead connections are found where they can be seen: by the transport's own pings 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, field
 
 import structlog
 import trio
@@ -36,6 +37,14 @@ DIAL_CONCURRENCY_MAX = 16
 _logger = structlog.get_logger(__name__)
 
 
+@dataclass(slots=True)
+class _Attempt:
+    """A dial under way."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    error: UnavailableError | None = None
+
+
 class Discovery:
     """Keeps the peers of a table connected."""
 
@@ -45,6 +54,7 @@ class Discovery:
         self._presence = presence
         self._rng = rng
         self._nursery: trio.Nursery | None = None
+        self._attempts: dict[NodeId, _Attempt] = {}
         self._limiter = trio.CapacityLimiter(DIAL_CONCURRENCY_MAX)
 
     async def run(self) -> None:
@@ -85,10 +95,26 @@ class Discovery:
         await self._dial(node_id, found or addresses)
 
     async def _dial(self, node_id: NodeId, addresses: tuple[str, ...]) -> None:
-        async with self._limiter:
+        """One dial at a time to each peer: who comes meanwhile shares its outcome."""
+        while (attempt := self._attempts.get(node_id)) is not None:
+            await attempt.done.wait()
             if self._presence.is_up(node_id):
                 return
-            await self._transport.dial(node_id, addresses)
+            if attempt.error is not None:
+                raise UnavailableError(attempt.error.message, hint=attempt.error.hint)
+            # Its task was cancelled, which says nothing about the peer.
+        if self._presence.is_up(node_id):
+            return
+        attempt = self._attempts[node_id] = _Attempt()
+        try:
+            async with self._limiter:
+                await self._transport.dial(node_id, addresses)
+        except UnavailableError as exc:
+            attempt.error = exc
+            raise
+        finally:
+            del self._attempts[node_id]
+            attempt.done.set()
 
     async def _keep_connected(self, node_id: NodeId) -> None:
         backoff = Backoff(self._rng, first_s=BACKOFF_FIRST_S, max_s=BACKOFF_MAX_S)

@@ -31,11 +31,6 @@ class FrameDecoder:
         self._buffer = bytearray()
         self._size_max_bytes = size_max_bytes
 
-    @property
-    def is_mid_frame(self) -> bool:
-        """Whether an end of the stream now would cut a frame in two."""
-        return bool(self._buffer)
-
     def feed(self, data: bytes) -> list[bytes]:
         """The payloads that are complete with this data, in order.
 

@@ -87,13 +87,17 @@ class Gossip(Pubsub):  # type: ignore[misc] # the library is untyped here
         self._inbound: set[Any] = set()
 
     def announce_again(self) -> None:
-        """Tell every peer our topics once more.
+        """Tell every peer our topics once more, and open a stream to those that have none.
 
-        Symptom: one-way silence after a peer came back from another address. Cause: subscriptions are forgotten with
-        the old stream, and sent once only. Cure: say them again now and then.
+        Symptom: one-way silence, for ever, after a peer came back from another address or a stream failed to open.
+        Cause: subscriptions are sent once, and forgotten with the stream that brought them; opening is tried again
+        after some errors only. Cure: now and then, do both again.
         """
         for queue in list(self.peer_queues.values()):
             queue.push(self.get_hello_packet())
+        for peer_id in list(self.host.get_network().connections):
+            if peer_id not in self.peers:
+                self._schedule_peer_stream_retry(peer_id)
 
     async def reset_streams(self) -> None:
         """End all gossip streams, so that peers open theirs anew to the Gossip that comes after this one."""

@@ -16,6 +16,7 @@ import logging
 from typing import Any
 
 import trio
+from libp2p.host.basic_host import BasicHost
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
@@ -34,6 +35,7 @@ _KAD_MODULES = ("common", "kad_dht", "peer_routing", "value_store", "provider_st
 
 # Inbound streams of one connection: links, gossip, kad and 32 requests are far below; each may hold a window of memory.
 STREAMS_PER_CONNECTION_MAX = 128
+IDENTIFY_TIMEOUT_S = 15.0
 # Outbound gossip RPCs waiting for one peer; the library's 32 lost a third of the messages at 50 per second.
 GOSSIP_QUEUE_COUNT_MAX = 4096
 READ_SIZE_BYTES = 256 * 1024
@@ -80,6 +82,7 @@ def _patch_connections() -> None:
     SwarmConn._handle_muxed_stream = _guard_stream_handler(SwarmConn._handle_muxed_stream)
     TrioManager._find_parent_task = _find_no_parent_task
     TrioTCPStream.read = _read_tcp
+    BasicHost._identify_task_entry = _guard_identify(BasicHost._identify_task_entry)
 
 
 async def _handle_inbound_connection(self: Any, read_write_closer: Any, maddr: Any, failure_event: Any) -> None:
@@ -122,6 +125,22 @@ def _guard_stream_handler(handle: Any) -> Any:
                     _logger.debug("reset failed: %r", reset_exc)
 
     return handle_guarded
+
+
+def _guard_identify(identify: Any) -> Any:
+    """Symptom: whatever identify fails to catch ends the process, and at once.
+
+    Cause: it runs as a system task of trio. Cure: it is caught, and bounded in time.
+    """
+
+    async def identify_guarded(self: Any, peer_id: Any, reason: str) -> None:
+        try:
+            with trio.move_on_after(IDENTIFY_TIMEOUT_S):
+                await identify(self, peer_id, reason)
+        except Exception as exc:  # noqa: BLE001 - supervision boundary: identify only gives hints
+            _logger.debug("identify of %s failed: %r", peer_id, exc)
+
+    return identify_guarded
 
 
 def _find_no_parent_task(self: Any, task: Any) -> None:

@@ -53,6 +53,11 @@ class PeerTable:
         for node_id, addresses in known_peers.items():
             self.add_known(node_id, addresses, now_s=now_s)
 
+    def begin(self, *, now_s: float) -> None:
+        """Count `since_s` from now: the node starts."""
+        for peer in self._peers.values():
+            peer.changed_s = now_s
+
     def add_known(self, node_id: NodeId, addresses: Iterable[str], *, now_s: float) -> bool:
         """Keep this peer dialled from now on; True if it was not known before. Ourselves are ignored."""
         if node_id == self._own_id:

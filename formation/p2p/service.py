@@ -113,6 +113,7 @@ class P2pService:
         Raises:
           HostError: none of the addresses could be listened on.
         """
+        self._table.begin(now_s=trio.current_time())
         async with trio.open_nursery() as nursery:
             addresses: tuple[str, ...] = await nursery.start(self._transport.run)
             nursery.start_soon(self._discovery.run)

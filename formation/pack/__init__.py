@@ -2,14 +2,15 @@
 
 | file | is |
 |---|---|
-| `formfile`, `formfile_text`, `passwords` | pure: the strict parser, the words of a line, sha512-crypt |
+| `formfile` | pure: the strict parser; `formfile_text`, `_directives`, `_checks` and `_user` are its parts |
+| `passwords` | pure: sha512-crypt |
 | `plan` | pure: from a Formfile and its files to the image's own layer |
 | `manifest` | pure: what an image is made of, and its digest |
 | `cpio` | pure: the archive format of an initramfs |
 | `guest` | what runs inside a VM before its owner's program, and what it is told |
 | `context` | adapter: reads the files that COPY takes, and nothing outside of them |
-| `rootfs` | adapter: kernel and busybox out of Debian packages |
-| `blobs` | adapter: content-addressed files on disk |
+| `rootfs`, `vmlinux` | adapter: kernel and busybox out of Debian packages |
+| `blobs`, `held` | adapter: content-addressed files on disk, and which images are whole |
 | `transfer`, `pull` | blobs over peer-to-peer streams: the protocol with its server, and the way round bad holders |
 | `service` | the one door for the rooms above |
 

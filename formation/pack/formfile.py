@@ -9,8 +9,6 @@ Rules: (1) pure: no file, no clock; (2) a password is hashed here and its clear 
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +17,21 @@ from formation.core.errors import UsageError
 from formation.core.ids import check_label
 from formation.core.spec import DISK_GIB_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, VCPUS_MAX
 from formation.core.units import KIB
+from formation.pack.formfile_checks import (
+    USERNAME,
+    absolute_path,
+    check_limit,
+    context_path,
+    env_scope,
+    json_words,
+    one_word,
+    only_word,
+    refuse_continuation,
+    whole_number,
+)
+from formation.pack.formfile_directives import ALIASES, SINGLE_VALUED, WANTS, example, suggest, unknown_directive
 from formation.pack.formfile_text import Line, Place, Word, quoted_words
+from formation.pack.formfile_user import USER_FIELDS, check_user, finish_user, read_flag
 from formation.pack.manifest import (
     ENTRYPOINT_COUNT_MAX,
     ENV_COUNT_MAX,
@@ -29,33 +41,25 @@ from formation.pack.manifest import (
     ExposedPort,
     UserAccount,
 )
-from formation.pack.passwords import PASSWORD_SIZE_MAX_BYTES, crypt_sha512, is_crypted, salt_for
 
 # A Formfile is read by people: the longest that we know of has 300 lines.
 FORMFILE_SIZE_MAX_BYTES = 256 * KIB
 # Room for a long RUN; a line beyond it is a file in the wrong format.
 LINE_LENGTH_MAX = 8192
 DESCRIPTION_LENGTH_MAX = 1024
-PATH_LENGTH_MAX = 1024
 
 VCPUS_DEFAULT = 1
 MEMORY_MIB_DEFAULT = 512
 DISK_GIB_DEFAULT = 1
 GPU_COUNT_MAX = 8
 
-ALIASES = {"CPU": "VCPU", "CORES": "VCPU", "MEM": "MEMORY", "MBS": "MEMORY", "STORAGE": "DISK"}
-
 _WORD = re.compile(r"\S+")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u0085\u2028\u2029\ud800-\udfff]")
 _IMAGE_REFERENCE = re.compile(r"^[a-z0-9][A-Za-z0-9._/@:-]{0,254}$")
 _PACKAGE = re.compile(r"^[a-z0-9][a-z0-9+.-]{0,99}(=[A-Za-z0-9.+:~-]{1,99})?$")
 _ENV_KEY = re.compile(r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")
-_USERNAME = re.compile(r"^[a-z_][a-z0-9_-]{0,31}$")
 _GPU = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})(?::([0-9]{1,2}))?$")
 _PORT = re.compile(r"^([0-9]{1,5})(?:/(tcp|udp))?$")
-_WHOLE = re.compile(r"^[0-9]{1,9}$")
-_SSH_KEY = re.compile(r"^(ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/=]+( .*)?$")
-_BOOLEANS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 # Where the guest keeps what is not the image's.
 _RESERVED = ("/proc", "/sys", "/dev", "/run")
 
@@ -214,8 +218,8 @@ class _Draft:
         directive = ALIASES.get(written, written)
         handler = _HANDLERS.get(directive)
         if handler is None:
-            raise _unknown(line.directive)
-        if directive in _SINGLE:
+            raise unknown_directive(line.directive)
+        if directive in SINGLE_VALUED:
             first = self.seen.get(directive)
             if first is not None:
                 also = f" (as {first.text})" if first.text != written else ""
@@ -225,16 +229,16 @@ class _Draft:
                 )
         self.seen.setdefault(directive, line.directive)
         if not line.rest:
-            raise line.rest_place.error(f"expected {_WANTS[directive]} after {written}", hint=_example(directive))
+            raise line.rest_place.error(f"expected {WANTS[directive]} after {written}", hint=example(directive))
         handler(self, line)
 
     def finish(self) -> Formfile:
         start = Place(path=self.path, line=1, column=1)
         for directive in ("NAME", "FROM"):
             if directive not in self.seen:
-                raise start.error(f"expected a {directive} directive, found none", hint=_example(directive))
+                raise start.error(f"expected a {directive} directive, found none", hint=example(directive))
         assert self.base is not None
-        users = tuple(_finish_user(self.name, pending) for pending in self.users.values())
+        users = tuple(finish_user(self.name, pending.values) for pending in self.users.values())
         names = {user.name for user in users} | {"root"}
         for variable, place in zip(self.env, self.env_places, strict=True):
             kind, _, name = variable.scope.partition(":")
@@ -250,7 +254,7 @@ class _Draft:
             env=tuple(self.env),
             env_places=tuple(self.env_places),
             users=users,
-            disable_root=any(_flag(p.values.get("disable_root"), default=False) for p in self.users.values()),
+            disable_root=any(read_flag(p.values.get("disable_root"), default=False) for p in self.users.values()),
             vcpus=self.numbers.get("VCPU", VCPUS_DEFAULT),
             memory_mib=self.numbers.get("MEMORY", MEMORY_MIB_DEFAULT),
             disk_gib=self.numbers.get("DISK", DISK_GIB_DEFAULT),
@@ -261,7 +265,7 @@ class _Draft:
         )
 
     def on_name(self, line: Line) -> None:
-        word = _one(line)
+        word = one_word(line)
         try:
             self.name = check_label(word.text, what="NAME")
         except UsageError as exc:
@@ -275,20 +279,20 @@ class _Draft:
         self.description = line.rest
 
     def on_from(self, line: Line) -> None:
-        word = _one(line)
+        word = one_word(line)
         if not _IMAGE_REFERENCE.match(word.text):
-            raise word.place.error(f"expected an image reference, found {word.text[:80]!r}", hint=_example("FROM"))
+            raise word.place.error(f"expected an image reference, found {word.text[:80]!r}", hint=example("FROM"))
         self.base = word
 
     def on_run(self, line: Line) -> None:
-        _refuse_continuation(line)
+        refuse_continuation(line)
         self.steps.append(Run(place=line.directive.place, command=line.rest))
 
     def on_install(self, line: Line) -> None:
         words = line.words()
         for word in words:
             if not _PACKAGE.match(word.text):
-                raise word.place.error(f"expected a package name, found {word.text[:80]!r}", hint=_example("INSTALL"))
+                raise word.place.error(f"expected a package name, found {word.text[:80]!r}", hint=example("INSTALL"))
         self.steps.append(Install(place=line.directive.place, packages=tuple(w.text for w in words)))
 
     def on_copy(self, line: Line) -> None:
@@ -302,8 +306,8 @@ class _Draft:
         source, target = words
         copied = Copy(
             place=source.place,
-            source=_copy_source(source),
-            target=_absolute(target, "COPY's target"),
+            source=context_path(source),
+            target=absolute_path(target, "COPY's target"),
             into_directory=target.text.endswith("/"),
         )
         if any(copied.target == reserved or copied.target.startswith(reserved + "/") for reserved in _RESERVED):
@@ -316,12 +320,12 @@ class _Draft:
         rest, place, scope = line.rest, line.rest_place, "system"
         if rest.startswith("--"):
             option, _, after = rest.partition(" ")
-            scope = _scope(Word(text=option, place=place))
+            scope = env_scope(Word(text=option, place=place))
             place = place.at(place.column + len(rest) - len(after.lstrip()))
             rest = after.lstrip()
         key, equals, value = rest.partition("=")
         if not equals:
-            raise place.error("expected KEY=value", hint=_example("ENV"))
+            raise place.error("expected KEY=value", hint=example("ENV"))
         if not _ENV_KEY.match(key):
             raise place.error(
                 f"expected a variable's name, found {key[:80]!r}", hint="use letters, digits and _, not starting with a digit"
@@ -336,7 +340,7 @@ class _Draft:
                 raise place.error(
                     f"expected {key} once in scope {scope}; line {where.line} has it already", hint="remove one of the two"
                 )
-        _limit(place, "ENV", len(self.env), ENV_COUNT_MAX)
+        check_limit(place, "ENV", len(self.env), ENV_COUNT_MAX)
         self.env.append(variable)
         self.env_places.append(place)
 
@@ -345,17 +349,17 @@ class _Draft:
         for word in line.quoted_words():
             separator = re.search(r"[:=]", word.text)
             if separator is None:
-                raise word.place.error("expected field:value", hint=_example("USER"))
+                raise word.place.error("expected field:value", hint=example("USER"))
             name, value = word.text[: separator.start()], word.text[separator.end() :]
-            if name not in _USER_FIELDS:
-                raise word.place.error(f"expected a field of USER, found {name[:40]!r}", hint=_suggest(name, _USER_FIELDS))
+            if name not in USER_FIELDS:
+                raise word.place.error(f"expected a field of USER, found {name[:40]!r}", hint=suggest(name, USER_FIELDS))
             if name in values:
                 raise word.place.error(f"expected {name} once in a USER", hint="separate several values by commas")
             values[name] = Word(text=value, place=word.place)
         username = values.get("username")
         if username is None:
-            raise line.rest_place.error("expected a username in USER", hint=_example("USER"))
-        if not _USERNAME.match(username.text):
+            raise line.rest_place.error("expected a username in USER", hint=example("USER"))
+        if not USERNAME.match(username.text):
             raise username.place.error(
                 f"expected a username, found {username.text[:40]!r}",
                 hint="use a-z, 0-9, _ and -, up to 32, not starting with a digit",
@@ -365,40 +369,40 @@ class _Draft:
             raise username.place.error(
                 f"expected {username.text} once; line {first} has it already", hint="put all fields on one line"
             )
-        _limit(line.directive.place, "USER", len(self.users), USER_COUNT_MAX)
+        check_limit(line.directive.place, "USER", len(self.users), USER_COUNT_MAX)
         self.users[username.text] = _PendingUser(line.directive.place, values)
         # Checked here, in the order of lines; hashed at the end, when the image's name is known.
-        _check_user(values)
+        check_user(values)
 
     def on_vcpu(self, line: Line) -> None:
-        self.numbers["VCPU"] = _whole(line, 1, VCPUS_MAX, "vCPUs")
+        self.numbers["VCPU"] = whole_number(line, 1, VCPUS_MAX, "vCPUs")
 
     def on_memory(self, line: Line) -> None:
-        self.numbers["MEMORY"] = _whole(line, MEMORY_MIB_MIN, MEMORY_MIB_MAX, "MiB")
+        self.numbers["MEMORY"] = whole_number(line, MEMORY_MIB_MIN, MEMORY_MIB_MAX, "MiB")
 
     def on_disk(self, line: Line) -> None:
-        self.numbers["DISK"] = _whole(line, 1, DISK_GIB_MAX, "GiB")
+        self.numbers["DISK"] = whole_number(line, 1, DISK_GIB_MAX, "GiB")
 
     def on_gpu(self, line: Line) -> None:
-        word = _one(line)
+        word = one_word(line)
         match = _GPU.match(word.text)
         count = int(match[2] or "1") if match else 0
         if match is None or count not in range(1, GPU_COUNT_MAX + 1):
             raise word.place.error(
-                f"expected MODEL or MODEL:COUNT with 1 to {GPU_COUNT_MAX}, found {word.text[:80]!r}", hint=_example("GPU")
+                f"expected MODEL or MODEL:COUNT with 1 to {GPU_COUNT_MAX}, found {word.text[:80]!r}", hint=example("GPU")
             )
         self.gpu = Gpu(place=line.directive.place, model=match[1], count=count)
 
     def on_workdir(self, line: Line) -> None:
         words = line.quoted_words()
-        self.workdir = _absolute(_only(words, line), "WORKDIR")
+        self.workdir = absolute_path(only_word(words, line), "WORKDIR")
 
     def on_expose(self, line: Line) -> None:
         for word in line.words():
             match = _PORT.match(word.text)
             if match is None or int(match[1]) not in range(1, 65536):
                 raise word.place.error(
-                    f"expected a port from 1 to 65535, with /tcp or /udp, found {word.text[:40]!r}", hint=_example("EXPOSE")
+                    f"expected a port from 1 to 65535, with /tcp or /udp, found {word.text[:40]!r}", hint=example("EXPOSE")
                 )
             port: ExposedPort = (int(match[1]), "udp" if match[2] == "udp" else "tcp")
             if port in self.expose:
@@ -406,18 +410,18 @@ class _Draft:
                     f"expected each port once; line {self.expose[port].line} has {port[0]}/{port[1]} already",
                     hint="remove one of the two",
                 )
-            _limit(word.place, "EXPOSE", len(self.expose), EXPOSE_COUNT_MAX)
+            check_limit(word.place, "EXPOSE", len(self.expose), EXPOSE_COUNT_MAX)
             self.expose[port] = word.place
 
     def on_entrypoint(self, line: Line) -> None:
-        words = _json_words(line) if line.rest.startswith("[") else line.quoted_words()
+        words = json_words(line) if line.rest.startswith("[") else line.quoted_words()
         if not words or not words[0].text:
-            raise line.rest_place.error("expected a program", hint=_example("ENTRYPOINT"))
+            raise line.rest_place.error("expected a program", hint=example("ENTRYPOINT"))
         if "=" in words[0].text:
             raise words[0].place.error(
                 "expected a program, found a variable", hint="set variables with ENV --scope=service:NAME KEY=value"
             )
-        _limit(line.rest_place, "ENTRYPOINT", len(words) - 1, ENTRYPOINT_COUNT_MAX)
+        check_limit(line.rest_place, "ENTRYPOINT", len(words) - 1, ENTRYPOINT_COUNT_MAX)
         self.entrypoint = tuple(word.text for word in words)
 
 
@@ -438,222 +442,4 @@ _HANDLERS: dict[str, Callable[[_Draft, Line], None]] = {
     "EXPOSE": _Draft.on_expose,
     "ENTRYPOINT": _Draft.on_entrypoint,
 }
-DIRECTIVES = (*_HANDLERS, *ALIASES)
-_SINGLE = frozenset({"NAME", "DESCRIPTION", "FROM", "VCPU", "MEMORY", "DISK", "GPU", "WORKDIR", "ENTRYPOINT"})
-_WANTS = {
-    "NAME": "a name",
-    "DESCRIPTION": "a text",
-    "FROM": "an image reference",
-    "RUN": "a shell command",
-    "COPY": "a source and a target",
-    "INSTALL": "package names",
-    "ENV": "KEY=value",
-    "USER": "field:value",
-    "VCPU": "a number of vCPUs",
-    "MEMORY": "a number of MiB",
-    "DISK": "a number of GiB",
-    "GPU": "a model",
-    "WORKDIR": "an absolute path",
-    "EXPOSE": "ports",
-    "ENTRYPOINT": "a program",
-}
-_EXAMPLES = {
-    "NAME": "NAME hello",
-    "DESCRIPTION": "DESCRIPTION a small web page",
-    "FROM": "FROM busybox",
-    "RUN": "RUN make -C /src install",
-    "COPY": "COPY www /www",
-    "INSTALL": "INSTALL nginx-light curl",
-    "ENV": "ENV --scope=system GREETING='good day'",
-    "USER": "USER username:ada shell:/bin/sh groups:sudo",
-    "VCPU": "VCPU 2",
-    "MEMORY": "MEMORY 512",
-    "DISK": "DISK 5",
-    "GPU": "GPU A100:2",
-    "WORKDIR": "WORKDIR /srv",
-    "EXPOSE": "EXPOSE 80/tcp 53/udp",
-    "ENTRYPOINT": 'ENTRYPOINT ["httpd", "-f", "-p", "80"]',
-}
-_USER_FIELDS = (
-    "username",
-    "passwd",
-    "ssh_authorized_keys",
-    "lock_passwd",
-    "sudo",
-    "shell",
-    "groups",
-    "ssh_pwauth",
-    "disable_root",
-    "chpasswd_expire",
-)
-_USER_FLAGS = ("lock_passwd", "sudo", "ssh_pwauth", "disable_root", "chpasswd_expire")
-
-
-def _example(directive: str) -> str:
-    return f"for example: {_EXAMPLES[directive]}"
-
-
-def _unknown(directive: Word) -> UsageError:
-    written = directive.text
-    if written.upper() in DIRECTIVES:
-        hint = f"directives are written in capitals: {written.upper()}"
-    else:
-        hint = _suggest(written.upper(), DIRECTIVES)
-    return directive.place.error(f"expected a directive, found {written[:40]!r}", hint=hint)
-
-
-def _suggest(written: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(written[:40], known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-
-
-def _one(line: Line) -> Word:
-    return _only(line.words(), line)
-
-
-def _only(words: list[Word], line: Line) -> Word:
-    if len(words) > 1:
-        hint = (
-            "a comment stands on a line of its own"
-            if words[1].text.startswith("#")
-            else _example(ALIASES.get(line.directive.text, line.directive.text))
-        )
-        raise words[1].place.error(f"expected nothing more after {words[0].text[:40]!r}", hint=hint)
-    if not words:
-        raise line.rest_place.error("expected a value", hint="quotes hold nothing")
-    return words[0]
-
-
-def _whole(line: Line, low: int, high: int, unit: str) -> int:
-    word = _one(line)
-    if not _WHOLE.match(word.text) or int(word.text) not in range(low, high + 1):
-        hint = _example(ALIASES.get(line.directive.text, line.directive.text))
-        raise word.place.error(f"expected a whole number of {unit} from {low} to {high}, found {word.text[:40]!r}", hint=hint)
-    return int(word.text)
-
-
-def _limit(place: Place, what: str, count: int, count_max: int) -> None:
-    if count >= count_max:
-        raise place.error(f"expected at most {count_max} of {what}", hint="put large settings into a file, and COPY it")
-
-
-def _refuse_continuation(line: Line) -> None:
-    if line.rest.endswith("\\") and not line.rest.endswith("\\\\"):
-        place = line.rest_place.at(line.rest_place.column + len(line.rest) - 1)
-        raise place.error(
-            "expected the command to end on this line", hint="join the lines with &&, or COPY a script and RUN it"
-        )
-
-
-def _absolute(word: Word, what: str) -> str:
-    """The normal form of an absolute path: no doubled slashes, no `.`."""
-    parts = [part for part in word.text.split("/") if part not in ("", ".")]
-    if not word.text.startswith("/"):
-        raise word.place.error(
-            f"expected an absolute path for {what}, found {word.text[:80]!r}", hint=f"write /{'/'.join(parts)}"[:120]
-        )
-    if ".." in parts or len(word.text) > PATH_LENGTH_MAX:
-        raise word.place.error(
-            f"expected a path without .. and of at most {PATH_LENGTH_MAX} characters for {what}", hint="write the path out"
-        )
-    return "/" + "/".join(parts)
-
-
-def _copy_source(word: Word) -> str:
-    parts = [part for part in word.text.split("/") if part not in ("", ".")]
-    if not word.text or word.text.startswith("/") or ".." in parts or len(word.text) > PATH_LENGTH_MAX:
-        raise word.place.error(
-            f"expected a path inside the build context, found {word.text[:80]!r}",
-            hint="move the file beside the Formfile, and give its relative path",
-        )
-    return "/".join(parts) or "."
-
-
-def _scope(option: Word) -> str:
-    name, _, value = option.text.partition("=")
-    if name != "--scope":
-        raise option.place.error(f"expected --scope=…, found {option.text[:40]!r}", hint=_example("ENV"))
-    kind, _, who = value.partition(":")
-    if value == "system" or (kind == "user" and _USERNAME.match(who)) or (kind == "service" and _USERNAME.match(who)):
-        return value
-    raise option.place.at(option.place.column + len("--scope=")).error(
-        f"expected system, user:NAME or service:NAME, found {value[:60]!r}", hint=_example("ENV")
-    )
-
-
-def _json_words(line: Line) -> list[Word]:
-    place = line.rest_place
-    try:
-        items = json.loads(line.rest)
-    except json.JSONDecodeError as exc:
-        raise place.at(place.column + exc.pos).error(
-            f"expected a JSON array of strings: {exc.msg}", hint=_example("ENTRYPOINT")
-        ) from exc
-    except (ValueError, RecursionError) as exc:
-        raise place.error("expected a JSON array of strings", hint=_example("ENTRYPOINT")) from exc
-    # What starts with `[` and parses is a list.
-    if not all(isinstance(item, str) for item in items):
-        raise place.error("expected a JSON array of strings, found something else in it", hint=_example("ENTRYPOINT"))
-    for item in items:
-        if "\0" in item or re.search(r"[\ud800-\udfff]", item):
-            raise place.error("expected text without NUL and half characters", hint="a program's argument can not hold them")
-    return [Word(text=item, place=place) for item in items]
-
-
-def _check_user(values: dict[str, Word]) -> None:
-    for name in _USER_FLAGS:
-        _flag(values.get(name), default=False)
-    password = values.get("passwd")
-    if password is not None:
-        size = len(password.text.encode())
-        if not 1 <= size <= PASSWORD_SIZE_MAX_BYTES and not is_crypted(password.text):
-            raise password.place.error(
-                f"expected a password of 1 to {PASSWORD_SIZE_MAX_BYTES} bytes", hint="or its sha512-crypt form, $6$…"
-            )
-    shell = values.get("shell")
-    if shell is not None:
-        _absolute(shell, "shell")
-        if ":" in shell.text or any(c.isspace() for c in shell.text):
-            raise shell.place.error("expected a path without blanks and colons for shell", hint="for example: shell:/bin/sh")
-    for name in _listed(values.get("groups")):
-        if not _USERNAME.match(name):
-            raise values["groups"].place.error(
-                f"expected group names separated by commas, found {name[:40]!r}", hint="for example: groups:sudo,web"
-            )
-    for key in _listed(values.get("ssh_authorized_keys")):
-        if not _SSH_KEY.match(key):
-            raise values["ssh_authorized_keys"].place.error(
-                f"expected public keys separated by commas, found {key[:40]!r}",
-                hint="quote it: ssh_authorized_keys:'ssh-ed25519 AAAA… me'",
-            )
-
-
-def _finish_user(image_name: str, pending: _PendingUser) -> UserAccount:
-    values = pending.values
-    name = values["username"].text
-    clear = values["passwd"].text if "passwd" in values else ""
-    hashed = clear if not clear or is_crypted(clear) else crypt_sha512(clear, salt_for(image_name, name))
-    return UserAccount(
-        name=name,
-        password_hash=hashed,
-        ssh_authorized_keys=tuple(_listed(values.get("ssh_authorized_keys"))),
-        lock_password=_flag(values.get("lock_passwd"), default=not hashed),
-        sudo=_flag(values.get("sudo"), default=False),
-        shell=values["shell"].text if "shell" in values else "/bin/sh",
-        groups=tuple(dict.fromkeys(_listed(values.get("groups")))),
-        ssh_password_auth=_flag(values.get("ssh_pwauth"), default=False),
-        password_expired=_flag(values.get("chpasswd_expire"), default=False),
-    )
-
-
-def _listed(word: Word | None) -> list[str]:
-    return [] if word is None else [item.strip() for item in word.text.split(",") if item.strip()]
-
-
-def _flag(word: Word | None, *, default: bool) -> bool:
-    if word is None:
-        return default
-    value = _BOOLEANS.get(word.text.lower())
-    if value is None:
-        raise word.place.error(f"expected true or false, found {word.text[:40]!r}", hint="true, yes, 1, on; false, no, 0, off")
-    return value
+assert set(_HANDLERS) == set(WANTS)

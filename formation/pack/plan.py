@@ -37,7 +37,7 @@ BASE_ETC_FILES: Mapping[str, str] = {
     "group": "root:x:0:\ntty:x:5:\nsudo:x:27:\nnogroup:x:65534:\n",
     # Locked: the console gives a root shell by itself, and nothing else lets root in.
     "shadow": "root:*:19000:0:99999:7:::\nnobody:*:19000:0:99999:7:::\n",
-    "profile": 'for file in /etc/profile.d/*.sh; do [ ! -r "$file" ] || . "$file"; done\nunset file\nPS1="\\u@\\h:\\w\\$ "\n',
+    "profile": 'for file in /etc/profile.d/*.sh; do [ ! -r "$file" ] || . "$file"; done\nunset file\nPS1=\'\\u@\\h:\\w\\$ \'\n',
     "nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\n",
     "shells": "/bin/sh\n/bin/ash\n",
 }

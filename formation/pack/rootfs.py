@@ -12,14 +12,11 @@ a file lock, the other waits; (3) a finished result appears by rename, so that h
 from __future__ import annotations
 
 import fcntl
-import gzip
 import hashlib
-import lzma
 import os
 import re
 import shutil
 import stat
-import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -29,13 +26,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
-import lz4.block
 import structlog
 
+from formation.core.codec import encode
 from formation.core.errors import HostError
-from formation.core.units import MIB
 from formation.pack.cpio import CpioEntry, character_device, directory, regular_file, symbolic_link, with_parents, write_cpio
 from formation.pack.plan import BASE_ETC_FILES
+from formation.pack.vmlinux import extract_vmlinux
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 BUSYBOX_PACKAGE = "busybox-static"
@@ -50,13 +47,6 @@ GUEST_FILES = ("init", "mounts", "mounts.early")
 # Debian's kernel is 27 MB; a mirror at 100 KB/s needs 270 s for it.
 DOWNLOAD_TIMEOUT_S = 600
 UNPACK_TIMEOUT_S = 120
-# 6.1 unpacks to 53 MB; an ELF beyond this is not a cloud kernel.
-VMLINUX_SIZE_MAX_BYTES = 256 * MIB
-# LZ4's legacy format (which Linux uses) has blocks of exactly this size but for the last.
-_LZ4_LEGACY_BLOCK_BYTES = 8 * MIB
-_LZ4_LEGACY_MAGIC = b"\x02\x21\x4c\x18"
-# XEN_ELFNOTE_PHYS32_ENTRY (xen/include/public/elfnote.h): the PVH entry point.
-_PVH_NOTE_TYPE = 18
 
 log = structlog.get_logger(__name__)
 
@@ -93,6 +83,8 @@ def prepare_base(cache_dir: Path, *, report: Callable[[str], None]) -> BaseFiles
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _locked(cache_dir / "base.lock"):
+            for left in (*cache_dir.glob("download-*"), *cache_dir.glob("base/building-*")):
+                shutil.rmtree(left, ignore_errors=True)  # of a process that was killed: the lock is ours
             packages = _packages(cache_dir, report)
             key = _base_key(packages)
             place = cache_dir / "base" / key
@@ -175,6 +167,7 @@ def _build_base(packages: tuple[Path, Path], place: Path) -> None:
 def _base_key(packages: tuple[Path, Path]) -> str:
     """16 hex digits of everything that the base is made from."""
     digest = hashlib.sha256(f"{BASE_VERSION} {MODULES_FIRST} {MODULES_LATER}".encode())
+    digest.update(encode(dict(BASE_ETC_FILES)))
     for name in GUEST_FILES:
         digest.update(_guest_file(name))
     for package in packages:
@@ -266,76 +259,6 @@ def module_depends(module: bytes) -> tuple[str, ...]:
     """What a kernel module needs, by the `depends=` of its .modinfo section."""
     match = re.search(rb"(?:^|\0)depends=([A-Za-z0-9_,-]*)\0", module)
     return tuple(n.replace("-", "_") for n in match[1].decode().split(",") if n) if match else ()
-
-
-# ---- the kernel
-
-
-def extract_vmlinux(bzimage: bytes) -> bytes:
-    """The ELF kernel inside a bzImage (Linux, Documentation/arch/x86/boot.rst), which must have a PVH entry.
-
-    Raises:
-      HostError: not a bzImage, packed in a way we do not know, or without PVH.
-    """
-    hint = "clear the cache directory, then try again"
-    if bzimage[0x202:0x206] != b"HdrS" or len(bzimage) < 0x250:
-        raise HostError("the kernel is not a bzImage", hint=hint)
-    setup_sectors = bzimage[0x1F1] or 4
-    payload_offset, payload_size = struct.unpack_from("<II", bzimage, 0x248)
-    start = (setup_sectors + 1) * 512 + payload_offset
-    payload = bzimage[start : start + payload_size]
-    vmlinux = _decompress(payload)
-    if vmlinux[:4] != b"\x7fELF":
-        raise HostError("the kernel's payload is not an ELF file", hint=hint)
-    if not _has_pvh_entry(vmlinux):
-        raise HostError("the kernel has no PVH entry point", hint="use Debian's cloud kernel (CONFIG_PVH=y)")
-    return vmlinux
-
-
-def _decompress(payload: bytes) -> bytes:
-    try:
-        if payload.startswith(_LZ4_LEGACY_MAGIC):
-            return b"".join(_lz4_legacy_blocks(payload))
-        if payload.startswith(b"\x1f\x8b"):
-            return gzip.decompress(payload[:-4])
-        if payload.startswith(b"\xfd7zXZ\0"):
-            return lzma.LZMADecompressor().decompress(payload, VMLINUX_SIZE_MAX_BYTES)
-    except (ValueError, RuntimeError, EOFError, lzma.LZMAError, struct.error) as exc:
-        raise HostError(f"the kernel's payload is damaged: {exc}", hint="clear the cache directory, then try again") from exc
-    raise HostError(f"the kernel is packed in an unknown way ({payload[:4].hex()})", hint="use Debian 12's cloud kernel")
-
-
-def _lz4_legacy_blocks(payload: bytes) -> Iterator[bytes]:
-    """Magic, then blocks of (32-bit size, data); the last four bytes of the payload are the unpacked size."""
-    offset, end, total = 4, len(payload) - 4, 0
-    while offset < end:
-        (size,) = struct.unpack_from("<I", payload, offset)
-        block = lz4.block.decompress(payload[offset + 4 : offset + 4 + size], uncompressed_size=_LZ4_LEGACY_BLOCK_BYTES)
-        offset, total = offset + 4 + size, total + len(block)
-        if total > VMLINUX_SIZE_MAX_BYTES:
-            raise ValueError("larger than any kernel")
-        yield block
-
-
-def _has_pvh_entry(vmlinux: bytes) -> bool:
-    """Whether a PT_NOTE segment of the 64-bit ELF file has Xen's PHYS32_ENTRY note."""
-    (header_offset,) = struct.unpack_from("<Q", vmlinux, 32)
-    header_size, header_count = struct.unpack_from("<HH", vmlinux, 54)
-    for index in range(header_count):
-        kind, _, offset, _, _, size = struct.unpack_from("<IIQQQQ", vmlinux, header_offset + index * header_size)
-        if kind == 4 and _note_types(vmlinux[offset : offset + size]):
-            return True
-    return False
-
-
-def _note_types(notes: bytes) -> bool:
-    at = 0
-    while at + 12 <= len(notes):
-        name_size, data_size, kind = struct.unpack_from("<III", notes, at)
-        if kind == _PVH_NOTE_TYPE and notes[at + 12 : at + 15] == b"Xen":
-            return True
-        at += 12 + (name_size + 3 & ~3) + (data_size + 3 & ~3)
-    return False
 
 
 # ---- files and processes

@@ -6,7 +6,6 @@ One task builds at a time; of two that want the same image one pulls it and the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 import structlog
 import trio
 
-from formation.core.errors import DecodeError, HostError, NotFoundError
+from formation.core.errors import HostError, NotFoundError
 from formation.core.ids import Digest, NodeId, check_digest, check_label
 from formation.core.units import format_size
 from formation.p2p.service import P2pService
@@ -24,9 +23,9 @@ from formation.p2p.transport import TaskStatus
 from formation.pack.blobs import BlobStore, digest_of_file
 from formation.pack.context import read_context, read_small_file
 from formation.pack.formfile import FORMFILE_SIZE_MAX_BYTES, decode_formfile, parse_formfile
+from formation.pack.held import HeldImages
 from formation.pack.manifest import (
     FORMAT,
-    MANIFEST_SIZE_MAX_BYTES,
     MEDIA_INITRAMFS,
     MEDIA_KERNEL,
     MEDIA_LAYER,
@@ -111,9 +110,8 @@ class PackService:
     def __init__(self, *, data_dir: Path, cache_dir: Path, p2p: P2pService, prepare: PrepareBase = prepare_base) -> None:
         self._data_dir, self._cache_dir, self._p2p, self._prepare = data_dir, cache_dir, p2p, prepare
         self._store = BlobStore(data_dir)
-        self._server = BlobServer(self._find_served)
-        self._held: dict[Digest, ImageManifest] = {}
-        self._served: set[Digest] = set()
+        self._images = HeldImages(data_dir, self._store)
+        self._server = BlobServer(self._images.find_blob)
         self._building = trio.Lock()
         self._resolving: dict[Digest, trio.Lock] = {}
         self._file_digests: dict[Path, Digest] = {}
@@ -125,10 +123,9 @@ class PackService:
         Raises:
           HostError: the data directory can not be used.
         """
-        self._held = await trio.to_thread.run_sync(self._recover)
-        self._served = {name for digest, manifest in self._held.items() for name in _blob_names(digest, manifest)}
+        await trio.to_thread.run_sync(self._images.recover)
         self._p2p.serve_stream(PROTOCOL, self._server.serve)
-        log.info("pack.started", images=len(self._held))
+        log.info("pack.started", images=len(self._images.held))
         task_status.started(None)
         await trio.sleep_forever()
 
@@ -136,11 +133,11 @@ class PackService:
 
     def has_image(self, digest: str) -> bool:
         """Whether all of an image is here."""
-        return digest in self._held
+        return digest in self._images.held
 
     def images(self) -> tuple[Digest, ...]:
         """Digests of the images that are here."""
-        return tuple(sorted(self._held))
+        return tuple(sorted(self._images.held))
 
     def manifest(self, digest: str) -> ImageManifest:
         """The manifest of an image that is here.
@@ -149,14 +146,14 @@ class PackService:
           NotFoundError: it is not.
         """
         try:
-            return self._held[Digest(digest)]
+            return self._images.held[Digest(digest)]
         except KeyError:
             raise NotFoundError(f"image {digest[:19]} is not on this node", hint="formation image list") from None
 
     def statistics(self) -> PackStatistics:
         """Counters since start, and gauges."""
         return PackStatistics(
-            image_count=len(self._held), served_bytes=self._server.served_bytes, pulled_bytes=self._pulled_bytes
+            image_count=len(self._images.held), served_bytes=self._server.served_bytes, pulled_bytes=self._pulled_bytes
         )
 
     # ---- building
@@ -193,14 +190,14 @@ class PackService:
             base = await self._prepare_base(progress)
             digests = [await self._digest_of_file(p) for p in (base.kernel_path, base.initramfs_path)]
             built_from = await trio.to_thread.run_sync(lambda: plan_digest(plan, files, base_digests=digests))
-            for digest, manifest in self._held.items():
+            for digest, manifest in self._images.held.items():
                 if manifest.built_from == built_from:
                     progress(BuildProgress(step="store", text=f"{digest[:19]} is here already"))
                     return BuiltImage(digest=digest, manifest=manifest, size_bytes=manifest.size_bytes, cached=True)
             layer = await trio.to_thread.run_sync(build_layer, plan, files)
             progress(BuildProgress(step="layer", text=f"layer of {format_size(len(layer))}"))
             digest, manifest = await trio.to_thread.run_sync(self._store_image, plan, base, digests, layer, built_from)
-            self._hold(digest, manifest)
+            self._images.add(digest, manifest)
             progress(BuildProgress(step="store", text=f"{digest[:19]}, {format_size(manifest.size_bytes)}"))
             return BuiltImage(digest=digest, manifest=manifest, size_bytes=manifest.size_bytes, cached=False)
 
@@ -208,7 +205,10 @@ class PackService:
         def report(text: str) -> None:
             trio.from_thread.run_sync(progress, BuildProgress(step="base", text=text))
 
-        base = await trio.to_thread.run_sync(partial(self._prepare, self._cache_dir, report=report))
+        # Left alone on cancellation: a download takes minutes, and whoever comes next waits for its lock.
+        # (The type stubs that libp2p pulls in are of an older trio, without this argument.)
+        prepare = partial(self._prepare, self._cache_dir, report=report)
+        base = await trio.to_thread.run_sync(prepare, abandon_on_cancel=True)  # type: ignore[call-arg]
         progress(BuildProgress(step="base", text=f"{', '.join(base.sources)}{' (cached)' if base.cached else ''}"))
         return base
 
@@ -241,7 +241,7 @@ class PackService:
         # Whoever gets it must be able to read it: the limits hold for our own too.
         parse_manifest(manifest_bytes(manifest))
         digest = self._store.add_bytes(manifest_bytes(manifest))
-        self._mark_held(digest)
+        self._images.mark(digest)
         return digest, manifest
 
     # ---- getting what others built
@@ -286,7 +286,7 @@ class PackService:
             progress(PullProgress(done_bytes=done_bytes, total_bytes=max(total_bytes, done_bytes)))
 
         pull = Pull(self._p2p, self._store, holders, on_bytes)
-        manifest = self._held.get(digest) or await trio.to_thread.run_sync(self._read_manifest, digest)
+        manifest = self._images.held.get(digest) or await trio.to_thread.run_sync(self._images.read_manifest, digest)
         if manifest is None:
             manifest = await pull.fetch_manifest(digest)
         total_bytes = manifest.size_bytes
@@ -295,11 +295,11 @@ class PackService:
                 if await trio.to_thread.run_sync(self._have, blob):
                     done_bytes += blob.size_bytes
                 else:
-                    self._forget(digest)
+                    self._images.forget(digest)
                     await pull.fetch(blob)
-        if digest not in self._held:
-            await trio.to_thread.run_sync(self._mark_held, digest)
-            self._hold(digest, manifest)
+        if digest not in self._images.held:
+            await trio.to_thread.run_sync(self._images.mark, digest)
+            self._images.add(digest, manifest)
         return LocalImage(
             digest=digest,
             manifest=manifest,
@@ -320,61 +320,10 @@ class PackService:
                 return True
         return False
 
-    # ---- the list of images
-
-    def _find_served(self, digest: Digest) -> Path | None:
-        return self._store.path_of(digest) if digest in self._served else None
-
-    def _hold(self, digest: Digest, manifest: ImageManifest) -> None:
-        self._held[digest] = manifest
-        self._served.update(_blob_names(digest, manifest))
-
-    def _forget(self, digest: Digest) -> None:
-        """A blob of it was damaged: not held until it is whole again."""
-        if self._held.pop(digest, None) is not None:
-            log.warning("image.damaged", digest=digest)
-            self._served = {name for d, m in self._held.items() for name in _blob_names(d, m)}
-
-    def _mark_held(self, digest: Digest) -> None:
-        path = self._data_dir / "images" / digest.removeprefix("sha256:")
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def _recover(self) -> dict[Digest, ImageManifest]:
-        self._store.prepare()
-        folder = self._data_dir / "images"
-        folder.mkdir(exist_ok=True)
-        held: dict[Digest, ImageManifest] = {}
-        for mark in sorted(folder.iterdir()):
-            digest = Digest("sha256:" + mark.name)
-            manifest = self._read_manifest(digest)
-            if manifest is not None and all(self._store.has_blob(Digest(blob.digest)) for blob in manifest.blobs):
-                held[digest] = manifest
-            else:
-                log.warning("image.incomplete", digest=digest)
-                mark.unlink()
-        return held
-
-    def _read_manifest(self, digest: Digest) -> ImageManifest | None:
-        path = self._store.path_of(digest)
-        try:
-            if path.stat().st_size > MANIFEST_SIZE_MAX_BYTES or digest_of_file(path) != digest:
-                return None
-            return parse_manifest(path.read_bytes())
-        except (OSError, DecodeError):
-            return None
-
-
-def _blob_names(digest: Digest, manifest: ImageManifest) -> set[Digest]:
-    return {digest, *(Digest(blob.digest) for blob in manifest.blobs)}
-
 
 def _read_inputs(context_dir: Path, path: Path, name: str | None) -> tuple[BuildPlan, tuple[ContextFile, ...]]:
     """The plan, and what of the context it takes. Messages name the Formfile as the caller did."""
-    shown = FORMFILE_NAME if path == context_dir / FORMFILE_NAME else path.name
+    shown = str(path.relative_to(context_dir)) if path.is_relative_to(context_dir) else str(path)
     data = read_small_file(path, size_max_bytes=FORMFILE_SIZE_MAX_BYTES)
     plan = plan_build(parse_formfile(decode_formfile(data, path=shown), path=shown), name=name)
     return plan, read_context(context_dir, formfile_path=path, wanted=partial(is_wanted, plan))

@@ -101,12 +101,14 @@ def ack_signature_holds(verify: Verify, public_key: bytes, entry: AckEntry, *, n
 class Tally:
     """The newest ack of each voter for one lane, and what it proves about our chain."""
 
-    __slots__ = ("_confirmed", "_confirming", "_heads_raw", "_quorum_size", "heads")
+    __slots__ = ("_confirmed", "_confirming", "_heads_raw", "_quorum_size", "extra", "heads")
 
     def __init__(self, *, voter_count: int, quorum_size: int) -> None:
         self._quorum_size = quorum_size
         self.heads: list[Head | None] = [None] * voter_count
         self._heads_raw = [b""] * voter_count
+        self.extra: dict[tuple[int, bytes], bytes] = {}
+        """(voter, block hash) → raw ack that is not the voter's newest: of a voter that acknowledged two branches."""
         self._confirmed = [0] * voter_count
         self._confirming = [b""] * voter_count
 
@@ -134,6 +136,10 @@ class Tally:
         """(voter, raw ack) of all that confirmed our chain up to this number."""
         return tuple((v, self._confirming[v]) for v, c in enumerate(self._confirmed) if c >= seq and self._confirming[v])
 
+    def has_stray(self, seq: int) -> bool:
+        """Whether a voter that confirmed our chain up to this number has its newest ack elsewhere, as far as we can see."""
+        return any(c >= seq and self._confirming[v] != self._heads_raw[v] for v, c in enumerate(self._confirmed))
+
     def is_claimed(self, seq: int) -> bool:
         """Whether a quorum acknowledged *some* block of this number: ours, unless the author forked its lane."""
         return self.has_quorum(sum(head is not None and head.seq >= seq for head in self.heads))
@@ -150,9 +156,13 @@ class Tally:
         """Whether so many voters make a certificate."""
         return count >= self._quorum_size
 
-    def voters_of(self, seq: int, hash_: bytes) -> Iterable[int]:
-        """Voters whose newest ack is exactly this block."""
-        return (v for v, head in enumerate(self.heads) if head is not None and head.seq == seq and head.hash == hash_)
+    def voters_of(self, seq: int, hash_: bytes) -> Iterable[tuple[int, bytes]]:
+        """(voter, raw ack) of those whose ack is exactly this block."""
+        for voter, head in enumerate(self.heads):
+            if head is not None and head.seq == seq and head.hash == hash_:
+                yield voter, self._heads_raw[voter]
+            elif self.extra and (voter, hash_) in self.extra:
+                yield voter, self.extra[voter, hash_]
 
 
 class AckBook:

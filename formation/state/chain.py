@@ -10,6 +10,8 @@ one number would need a correct voter that acknowledged both (design/state secti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from formation.core.codec import Hash
 from formation.core.ids import NodeId, node_id_of
 from formation.state.ack import Tally
@@ -105,8 +107,8 @@ class Lane:
         self.chain[block.seq] = entry
         self.chain_size_bytes += len(entry.raw)
         self.head_seq, self.head_hash, self.head_hlc = block.seq, entry.hash, block.hlc
-        for voter in self.tally.voters_of(block.seq, entry.hash):
-            self.tally.confirm(voter, block.seq)
+        for voter, raw in self.tally.voters_of(block.seq, entry.hash):
+            self.tally.confirm(voter, block.seq, raw)
 
     def may_grow(self, entry: Entry) -> bool:
         """Whether the window has room for this block, or a quorum has been there before us."""
@@ -116,17 +118,27 @@ class Lane:
         return within and self.tally.is_claimed(entry.block.seq)
 
     def put_old_ack(self, voter: int, head: Head, raw: bytes) -> None:
-        """Count an ack that is not its voter's newest, if it speaks of our chain: what proves a stretch of history."""
+        """Count an ack that is not its voter's newest, if it speaks of our chain: what proves a stretch of history.
+
+        In a forked lane it may speak of the other branch, by a voter that acknowledged both; kept while one answer is taken.
+        """
+        if self.evidence is not None and head.seq > self.certified_seq:
+            self.tally.extra[voter, head.hash] = raw
         entry = self.chain.get(head.seq)
         if entry is not None and entry.hash == head.hash:
             self.tally.confirm(voter, head.seq, raw)
 
-    def take_proof_nowait(self) -> tuple[tuple[int, bytes], ...]:
-        """The acks that certify what is certified now, when it is time to keep some again."""
-        if self.certified_seq - self.proof_seq < PROOF_COUNT and self.proof_size_bytes < PROOF_SIZE_BYTES:
-            return ()
-        self.proof_seq, self.proof_size_bytes = self.certified_seq, 0
-        return self.tally.proof(self.certified_seq)
+    @property
+    def is_proof_due(self) -> bool:
+        """Whether it is time to keep the acks that certify what is certified now.
+
+        Now and then; and where the newest acks, which are kept anyway, would not prove it by themselves.
+        """
+        if self.certified_seq == self.proof_seq:
+            return False
+        if self.evidence is not None or self.tally.has_stray(self.certified_seq):
+            return True
+        return self.certified_seq - self.proof_seq >= PROOF_COUNT or self.proof_size_bytes >= PROOF_SIZE_BYTES
 
     def put_ack(self, voter: int, head: Head, raw: bytes) -> bool:
         """Keep a voter's ack if it is newer.
@@ -177,7 +189,7 @@ class Lane:
         voters: set[int] = set()
         at: Entry | None = entry
         while at is not None:
-            voters.update(self.tally.voters_of(at.block.seq, at.hash))
+            voters.update(voter for voter, _ in self.tally.voters_of(at.block.seq, at.hash))
             if self.tally.has_quorum(len(voters)):
                 return True
             behind = self.waiting.get(at.block.seq + 1)
@@ -215,30 +227,31 @@ class Lane:
         self.is_doubtful = False
         return gone, branch[kept:]
 
-    def _confirm_branch(self, branch: tuple[Entry, ...], voters: frozenset[int]) -> None:
-        """These voters' newest acks stand at the branch's end or behind it, on blocks that need not be on our chain."""
-        for voter in voters:
-            self.tally.confirm(voter, branch[-1].block.seq)
+    def _confirm_branch(self, branch: tuple[Entry, ...], voters: Mapping[int, bytes]) -> None:
+        """These voters' acks stand at the branch's end or behind it, on blocks that need not be on our chain."""
+        for voter, raw in voters.items():
+            self.tally.confirm(voter, branch[-1].block.seq, raw)
 
-    def _quorum_branch(self) -> tuple[tuple[Entry, ...], frozenset[int]]:
+    def _quorum_branch(self) -> tuple[tuple[Entry, ...], Mapping[int, bytes]]:
         """The blocks above the certified one, up to the highest that a quorum's acks stand on; and that quorum."""
         known = {e.hash: e for e in (*self.chain.values(), *self.waiting.values())} | self.side
-        best: tuple[tuple[Entry, ...], frozenset[int]] = ((), frozenset())
-        for head in self.tally.heads:
-            path = self._path(known, head)
+        best: tuple[tuple[Entry, ...], Mapping[int, bytes]] = ((), {})
+        tips = {head.hash for head in self.tally.heads if head is not None} | {hash_ for _, hash_ in self.tally.extra}
+        for tip in sorted(tips):
+            path = self._path(known, tip)
             # Whose newest acks are at this block or behind it on the path.
-            voters: set[int] = set()
+            voters: dict[int, bytes] = {}
             for index in range(len(path) - 1, -1, -1):
                 voters.update(self.tally.voters_of(path[index].block.seq, path[index].hash))
                 if self.tally.has_quorum(len(voters)):
-                    best = max(best, (path[: index + 1], frozenset(voters)), key=lambda found: len(found[0]))
+                    best = max(best, (path[: index + 1], voters), key=lambda found: len(found[0]))
                     break
         return best
 
-    def _path(self, known: dict[Hash, Entry], head: Head | None) -> tuple[Entry, ...]:
-        """From the certified block (excluded) to `head`; empty if a link is missing."""
+    def _path(self, known: dict[Hash, Entry], tip: bytes) -> tuple[Entry, ...]:
+        """From the certified block (excluded) to the block of this hash; empty if a link is missing."""
         path: list[Entry] = []
-        at = None if head is None else known.get(Hash(head.hash))
+        at = known.get(Hash(tip))
         while at is not None:
             path.append(at)
             if at.block.prev == self.certified_hash and at.block.seq == self.certified_seq + 1:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import msgspec
+
 from formation.core.event import Event, RecordKind, Topic
 
 # An hour of a busy cell for `formation events --since`; older ones are in the blocks, and a view needs none of them.
@@ -29,8 +31,7 @@ class Level(StrEnum):
     """2f+1 voters have its block on disk; nothing else can ever stand in its place."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class Change(msgspec.Struct, frozen=True, kw_only=True):
     """One operation at one level."""
 
     position: int

@@ -112,7 +112,7 @@ class _Pending:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.blocks or self.acks or self.evidence or self.feed or self.unseated)
+        return not (self.blocks or self.acks or self.evidence or self.feed or self.unseated or self.proofs)
 
 
 class Replica:
@@ -274,6 +274,9 @@ class Replica:
             entry = self._book.newest(voter, lane)
             if head is not None and head.seq > seq and entry is not None:
                 found.append(entry.raw)
+        if known.evidence is not None and known.certified_seq > seq:
+            # A voter that acknowledged both branches has its newest ack on the wrong one: these are those that counted.
+            found.extend(raw for _, raw in known.tally.proof(known.certified_seq))
         return tuple(found)
 
     def evidence_of(self, lane: LaneId) -> bytes | None:
@@ -386,6 +389,9 @@ class Replica:
                 self._take_ack(raw, now_ns)
         except DecodeError as exc:
             self._out.append(Fault(event.node_id, exc.message))
+        # They prove a branch together with this answer's blocks or not at all; else liars could pile them up.
+        for lane_id_ in self._evidence_raw:
+            self._lanes[lane_id_].tally.extra.clear()
 
     def _on_submit(self, kind: str, ops: tuple[bytes, ...], now_ns: int) -> None:
         lane = self._own
@@ -569,12 +575,18 @@ class Replica:
             self._record(entry, Level.CERTIFIED)
         if done:
             lane.is_doubtful = False
-            for voter, raw in lane.take_proof_nowait():
-                self._pending.proofs.append(ProofRow(lane=lane.id, seq=lane.certified_seq, voter=voter, raw=raw))
+            if lane.is_proof_due:
+                self._keep_proof(lane)
             self._risen[lane.id] = None
             if lane is not self._own:
                 self._dep_candidates[lane.id] = None
             self._touch(lane)
+
+    def _keep_proof(self, lane: Lane) -> None:
+        """Keep on disk the acks that certify what is certified now."""
+        lane.proof_seq, lane.proof_size_bytes = lane.certified_seq, 0
+        for voter, raw in lane.tally.proof(lane.certified_seq) if lane.certified_seq else ():
+            self._pending.proofs.append(ProofRow(lane=lane.id, seq=lane.certified_seq, voter=voter, raw=raw))
 
     def _record(self, entry: Entry, level: Level) -> None:
         row, changes = self._fold(entry, level, self._certified if level is Level.CERTIFIED else self._observed)
@@ -582,7 +594,7 @@ class Replica:
         self._pending.changes.extend(changes)
 
     def _fold(self, entry: Entry, level: Level, fold: Fold | None) -> tuple[FeedRow, tuple[Change, ...]]:
-        judged = judge_block(entry, self._intent_verifier)
+        judged = judge_block(entry, self._intent_verifier, node_id=self._lanes[LaneId(entry.block.lane)].node_id)
         first = self._next_position
         self._next_position += len(judged)
         row = FeedRow(position=first, count=len(judged), is_certified=level is Level.CERTIFIED, hash=entry.hash)
@@ -628,7 +640,7 @@ class Replica:
         observed = self._certified.copy()
         for lane in self._lanes.values():
             for seq in sorted(lane.chain):
-                for op in judge_block(lane.chain[seq], self._intent_verifier):
+                for op in judge_block(lane.chain[seq], self._intent_verifier, node_id=lane.node_id):
                     observed.apply(op)
         observed.count = count
         self._observed = observed
@@ -658,33 +670,41 @@ class Replica:
         known = self._lanes.get(LaneId(head.lane))
         if known is None:
             return False
-        return known.tally.is_newer(voter, head.seq) or (
-            head.seq in known.chain and not known.tally.is_confirmed(voter, head.seq)
-        )
+        if known.tally.is_newer(voter, head.seq):
+            return True
+        if known.evidence is not None:
+            # It may speak of another branch than the one on which we counted this voter.
+            return head.seq > known.certified_seq
+        return head.seq in known.chain and not known.tally.is_confirmed(voter, head.seq)
 
     def _join_ack(self, entry: AckEntry, *, is_recovery: bool) -> tuple[Lane, ...]:
         """Count an ack whose signature holds, and keep it while it is somebody's newest word."""
         ack = entry.ack
-        moved = []
+        moved: list[Lane] = []
+        recounted: list[Lane] = []
         for head in ack.heads:
             lane = self._lanes.get(LaneId(head.lane))
             if lane is None:
                 continue
             if not lane.tally.is_newer(ack.voter, head.seq):
                 lane.put_old_ack(ack.voter, head, entry.raw)
+                recounted.append(lane)
                 continue
             if not lane.put_ack(ack.voter, head, entry.raw):
                 lane.is_doubtful = True
             if ack.voter == self.voter:
                 lane.acked_seq = max(lane.acked_seq, head.seq)
             moved.append(lane)
+        for lane in moved if not is_recovery else ():
+            if lane.is_proof_due:
+                self._keep_proof(lane)
         if moved:
             self._pending.dropped.extend(self._book.put(entry, [lane.id for lane in moved]))
             if ack.voter != self.voter and not is_recovery:
                 self._pending.acks.append(AckRow(hash=entry.hash, raw=entry.raw))
         elif is_recovery:
             self._pending.dropped.append(entry.hash)
-        return tuple(moved)
+        return (*moved, *recounted)
 
     def _sign_own_acks(self) -> tuple[AckEntry, ...]:
         """Acks for all lanes that moved; they enter the commit that makes them true."""
@@ -743,6 +763,7 @@ class Replica:
         self._banned.add(lane.public_key)
         self._touch(lane)
         if not is_recovery:
+            self._keep_proof(lane)
             self._pending.evidence.append((lane.id, raw))
             if len(raw) <= EVIDENCE_FRAME_SIZE_MAX_BYTES:
                 self._out.append(Send(FRAME_EVIDENCE + raw, "evidence"))

@@ -20,7 +20,19 @@ from formation.core.ids import NetworkId, node_id_of
 from formation.core.spec import Resources
 from formation.state import sync
 from formation.state.ack import parse_ack
-from formation.state.effects import Commit, CommitReady, FrameReceived, Input, Notify, RangeReceived, Send, Stored, Submit, Tick, WakeAt
+from formation.state.effects import (
+    Commit,
+    CommitReady,
+    FrameReceived,
+    Input,
+    Notify,
+    RangeReceived,
+    Send,
+    Stored,
+    Submit,
+    Tick,
+    WakeAt,
+)
 from formation.state.feed import Level
 from formation.state.lane import LaneId, lane_key, parse_block
 from formation.state.op import encode_event_op
@@ -254,7 +266,9 @@ class Cluster:
                 break
             ranges = sync.plan_pull(client.replica.index, rows, is_doubtful=client.replica.is_doubtful)
 
-    def _ask(self, server: Node, request: sync.Request, as_type: type[sync.Buckets | sync.Frontier | sync.Pulled]) -> sync.Answer:
+    def _ask(
+        self, server: Node, request: sync.Request, as_type: type[sync.Buckets | sync.Frontier | sync.Pulled]
+    ) -> sync.Answer:
         asked = sync.decode_request(encode(request))
         answer: sync.Answer
         if isinstance(asked, sync.Pull):
@@ -325,7 +339,9 @@ class Cluster:
 
     @staticmethod
     def frontier_of(node: Node) -> tuple[tuple[bytes, int, bytes], ...]:
-        rows = ((lane.id, lane.certified_seq, bytes(lane.certified_hash)) for lane in node.replica.lanes() if lane.certified_seq)
+        rows = (
+            (lane.id, lane.certified_seq, bytes(lane.certified_hash)) for lane in node.replica.lanes() if lane.certified_seq
+        )
         return tuple(sorted(rows))
 
 

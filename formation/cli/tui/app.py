@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from formation.cli.tui.feed import Feed, Happened, Logged, Looked, News, Unreachable
 from formation.cli.tui.keys import cbreak, parse_keys
 from formation.cli.tui.model import Action, Model, View, press, with_event, with_log, with_news
 from formation.cli.tui.render import Line, render
+from formation.cli.wish import make_permit
 from formation.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def run_top(cli: Cli, *, interval_s: float) -> None:
     if interval_s < INTERVAL_S_MIN:
         raise UsageError(f"--interval: shorter than {INTERVAL_S_MIN} s", hint="give 500ms or more")
     with _wake_pipe() as (wake_fd, wake):
-        feed = Feed(cli.client, interval_s=interval_s, wake=wake)
+        feed = Feed(cli.client, interval_s=interval_s, permit_for=partial(make_permit, cli), wake=wake)
         try:
             with cbreak(sys.stdin.fileno()), _screen(color=cli.out.color_out) as paint:
                 feed.start()

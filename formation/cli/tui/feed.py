@@ -59,10 +59,20 @@ News = Looked | Unreachable | Happened | Logged
 class Feed:
     """The threads and their queue."""
 
-    def __init__(self, client: Client, *, interval_s: float, wake: Callable[[], None]) -> None:
-        """Nothing runs yet; `wake` is called from the threads whenever there is news."""
+    def __init__(
+        self, client: Client, *, interval_s: float, permit_for: Callable[[str], bytes], wake: Callable[[], None]
+    ) -> None:
+        """Nothing runs yet.
+
+        Args:
+          client: the node.
+          interval_s: between two looks.
+          permit_for: the owner's signed leave to read a VM's log; empty where there is none.
+          wake: called from the threads whenever there is news.
+        """
         self._client = client
         self._interval_s = interval_s
+        self._permit_for = permit_for
         self._wake = wake
         self._news: queue.Queue[News] = queue.Queue(_QUEUE_SIZE_MAX)
         self._stopped = threading.Event()
@@ -122,7 +132,8 @@ class Feed:
     def _follow_log(self, vm_id: str) -> None:
         query = {"tail": str(_LOG_TAIL_LINES), "follow": "1"}
         try:
-            for data in self._client.stream(f"/v1/vms/{vm_id}/logs", query, timeout_s=None):
+            permit = self._permit_for(vm_id)
+            for data in self._client.stream(f"/v1/vms/{vm_id}/logs", query, permit=permit, timeout_s=None):
                 if self._stopped.is_set() or self._log_vm != vm_id:
                     return
                 self._put(Logged(vm_id, data.decode("utf-8", "replace")))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
-from formation.cli.events import clock_text, event_detail
+from formation.cli.events import clock_text, event_detail, event_key
 from formation.cli.output import to_yaml
 from formation.cli.watch import port_texts, reason_of, short_id
 
@@ -16,6 +17,10 @@ Record = Mapping[str, Any]
 # What a person scrolls back through by hand; older events are in `formation events`.
 EVENT_COUNT_MAX = 500
 LOG_LINE_COUNT_MAX = 1000
+# Observed and certified are one event told twice, with few others between them.
+_TWICE_WITHIN_COUNT = 100
+# Control sequences (ECMA-48 section 5.4) that guests write for a terminal; the screen here is ours.
+_ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)|[@-Z^_])")
 FILTER_LENGTH_MAX = 60
 
 
@@ -106,7 +111,10 @@ def with_news(model: Model, *, status: Record, nodes: tuple[Record, ...], vms: t
 
 
 def with_event(model: Model, event: Record) -> Model:
-    """The model with one more event; a cursor that is not at the newest stays where it was."""
+    """The model with one more event, told once; a cursor that is not at the newest stays where it was."""
+    key = event_key(event)
+    if any(event_key(known) == key for known in model.events[-_TWICE_WITHIN_COUNT:]):
+        return model
     events = (*model.events, event)[-EVENT_COUNT_MAX:]
     nodes, vms, at = model.cursors
     shifted = at + 1 if at and _passes(event_cells(model, event), model.filter) else at
@@ -116,6 +124,7 @@ def with_event(model: Model, event: Record) -> Model:
 def with_log(model: Model, text: str) -> Model:
     """The model with more of the log that is shown; an unfinished last line is continued."""
     joined = (model.log_lines[-1] if model.log_lines else "") + text.replace("\r\n", "\n").replace("\r", "\n")
+    joined = _ESCAPES.sub("", joined)
     lines = (*model.log_lines[:-1], *joined.split("\n"))
     return replace(model, log_lines=lines[-LOG_LINE_COUNT_MAX:])
 

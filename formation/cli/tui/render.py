@@ -185,7 +185,7 @@ def _pane(
     capacity = max(0, room - 2)
     first = max(0, min(cursor - capacity + 1, len(rows) - capacity)) if cursor >= capacity else 0
     shown = rows[first : first + capacity]
-    count = f"{len(rows)}" if len(rows) <= capacity else f"{first + 1}-{first + len(shown)} of {len(rows)}"
+    count = f"{len(rows)}" if len(rows) <= capacity or not capacity else f"{first + 1}-{first + len(shown)} of {len(rows)}"
     filtered = f" matching {model.filter!r}" if model.filter else ""
     head = f"{'▸' if is_active else ' '} {pane.value} {title} ({count}{filtered}) "
     lines: list[Line] = [(Span(head + "─" * max(0, width - len(head)), "bold" if is_active else "dim"),)]
@@ -195,6 +195,8 @@ def _pane(
         min(columns[index].width_max, max([len(columns[index].title), *[len(line[at]) for line in cells]]))
         for at, index in enumerate(visible)
     ]
+    # The last column takes what is left, and shows by its … that there is more.
+    widths[-1] = max(1, min(widths[-1], width - 2 - sum(widths[:-1]) - len(_GAP) * (len(widths) - 1)))
     lines.append((Span("  " + _row([columns[index].title for index in visible], widths), "dim"),))
     for offset, (row, line) in enumerate(zip(shown, cells, strict=True)):
         is_selected = is_active and first + offset == cursor

@@ -2,7 +2,7 @@
 
 | file | does |
 |---|---|
-| `init` | PID 1. In the initramfs: modules, disk, overlay root. Then in that root: network, entrypoint with back-off, readiness, console, shutdown |
+| `init` | PID 1; first in the initramfs (modules, disk, overlay root), then in that root (network, service, console) |
 | `mounts.early`, `mounts` | tables of what `init` mounts |
 
 The initramfs is the concatenation of the image's initrd blobs and of one small archive per VM (`vm_config_cpio`):

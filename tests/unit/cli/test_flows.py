@@ -7,6 +7,7 @@ import os
 import signal
 import tarfile
 import threading
+from base64 import urlsafe_b64decode
 from io import BytesIO
 from pathlib import Path
 from typing import Protocol
@@ -100,7 +101,13 @@ def test_node_that_comes_back_gets_the_same_wish(run: _Run, node: FakeNode) -> N
 def test_interrupt_says_that_it_goes_on(run: _Run, node: FakeNode) -> None:
     """Ctrl-C ends the command, not the VM."""
     node.outcome = "silent"
-    threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def interrupt_when_accepted() -> None:
+        with node.changed:
+            node.changed.wait_for(lambda: bool(node.wishes), timeout=10)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_when_accepted, daemon=True).start()
     result = run("create", "hello", "web")
     assert result.status == 130
     assert "Error: interrupted; web is not, the network goes on with it" in result.err
@@ -214,3 +221,14 @@ def test_help(run: _Run, line: str) -> None:
     assert result.out.startswith("Usage: formation")
     if line not in ("", "vm", "image", "key"):
         assert "Examples:" in result.out
+
+
+def test_log_comes_with_the_owners_permit(run: _Run, node: FakeNode, home: Path) -> None:
+    """The asked node can pass on who asks; without a key it is asked all the same."""
+    vm = node.add_vm("web")
+    assert run("logs", "web").out == "hello from the guest\n"
+    permit = parse_intent(urlsafe_b64decode(node.permits[0])).intent
+    assert (permit.verb, permit.object_id, permit.body) == ("vm.attach", vm["vm_id"], b"\xa0")
+    (home / "config" / "formation" / "account.key").unlink()
+    assert run("logs", "web").status == 0
+    assert node.permits[1] == ""

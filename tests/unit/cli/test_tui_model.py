@@ -89,6 +89,8 @@ def test_log_of_the_selected_vm() -> None:
     assert (action, model.view, model.log_name) == (Action.OPEN_LOGS, View.LOGS, "db")
     model = with_log(with_log(model, "one\r\ntw"), "o\n")
     assert model.log_lines == ("one", "two", "")
+    model = with_log(with_log(model, "\x1b[1;32mgreen\x1b[0m \x1b[6"), "n\x1b]0;title\x07end")
+    assert model.log_lines[-1] == "green end"
     assert _pressed(model, "escape").view is View.LISTS
     event = {"object_id": "vm-" + "a" * 16, "verb": "vm.ready", "position": 1}
     vm = selected_vm(_pressed(with_event(_model(), event), "3"))
@@ -110,11 +112,12 @@ def test_events_are_bounded_and_the_cursor_stays_on_its_event() -> None:
     """News do not push the event away that a person looks at."""
     model = _model()
     for position in range(EVENT_COUNT_MAX + 10):
-        model = with_event(model, {"position": position, "verb": "vm.ready"})
+        model = with_event(model, {"position": position, "verb": "vm.ready", "at_ms": position})
+        model = with_event(model, {"position": position, "verb": "vm.ready", "at_ms": position, "level": "certified"})
     assert len(model.events) == EVENT_COUNT_MAX
     model = _pressed(model, "3", "j", "j")
     before = selected(model)
-    assert selected(with_event(model, {"position": 9999, "verb": "vm.ready"})) == before
+    assert selected(with_event(model, {"position": 9999, "verb": "vm.ready", "at_ms": 9999})) == before
 
 
 def test_keys_of_bytes() -> None:

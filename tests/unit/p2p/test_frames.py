@@ -21,7 +21,6 @@ def test_any_cutting_of_the_stream_gives_the_same_frames(payloads: list[bytes], 
         stream = stream[size:]
         index += 1
     assert frames == payloads
-    assert not decoder.is_mid_frame
 
 
 @given(data=st.binary(max_size=200))
@@ -46,10 +45,3 @@ def test_a_frame_of_exactly_the_limit_passes() -> None:
     """The limit is inclusive."""
     payload = bytes(FRAME_SIZE_MAX_BYTES)
     assert FrameDecoder(size_max_bytes=FRAME_SIZE_MAX_BYTES).feed(encode_frame(payload)) == [payload]
-
-
-def test_a_cut_frame_shows() -> None:
-    """An end of stream in the middle of a frame can be told from one between frames."""
-    decoder = FrameDecoder(size_max_bytes=10)
-    decoder.feed(encode_frame(b"abc")[:-1])
-    assert decoder.is_mid_frame

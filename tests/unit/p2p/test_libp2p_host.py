@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.testing
 
 from formation.core.errors import HostError, UnavailableError, UsageError
 from formation.core.keys import KeyPair
@@ -71,6 +72,7 @@ async def explode() -> None:
     raise RuntimeError("a bug in the library")
 
 
+@pytest.mark.slow
 async def test_a_failure_of_the_library_is_not_the_end_of_the_node() -> None:
     """The host is made anew on the same port; peers, handlers and topics come back."""
     a, b = (make_libp2p_transport(KeyPair(seed * 32), ANY_PORT) for seed in (b"a", b"b"))
@@ -99,6 +101,7 @@ async def test_a_failure_of_the_library_is_not_the_end_of_the_node() -> None:
             nursery.cancel_scope.cancel()
 
 
+@pytest.mark.slow
 async def test_a_failure_of_gossip_leaves_connections_alone() -> None:
     """It alone is made anew, and finds the peers that are there."""
     a, b = (make_libp2p_transport(KeyPair(seed * 32), ANY_PORT) for seed in (b"a", b"b"))
@@ -117,4 +120,24 @@ async def test_a_failure_of_gossip_leaves_connections_alone() -> None:
             while not got:
                 await b.publish("topic", b"x")
                 await trio.sleep(0.02)
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_failure_of_identify_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs as a system task of trio, where an exception ends the process."""
+    a, b = (make_libp2p_transport(KeyPair(seed * 32), ANY_PORT) for seed in (b"a", b"b"))
+    failed = trio.Event()
+
+    async def fail(peer_id: object, *, reason: str) -> None:
+        failed.set()
+        raise RuntimeError("a bug in the library")
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            addresses = await nursery.start(a.run)
+            await nursery.start(b.run)
+            monkeypatch.setattr(b._host, "_identify_peer", fail)
+            await b.dial(a.node_id, addresses)
+            await failed.wait()
+            await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()

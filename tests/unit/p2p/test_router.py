@@ -37,6 +37,13 @@ def test_a_known_peer_stays_and_says_since_when() -> None:
     assert table.states(now_s=21)[0].since_s == 1
 
 
+def test_time_counts_from_the_start() -> None:
+    """A peer never seen has been away since we began."""
+    table = PeerTable(A, {B: ()})
+    table.begin(now_s=1000)
+    assert table.states(now_s=1003)[0].since_s == 3
+
+
 def test_strangers_are_limited() -> None:
     """A crowd does not fill the table."""
     table = PeerTable(A, {})

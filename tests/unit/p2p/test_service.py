@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -307,6 +307,45 @@ async def test_a_peer_that_moved_is_found_through_others(autojump_clock: MockClo
     b, c = make(network, B, "c"), make(network, C, "b")
     async with running(a, b, c):
         await until(lambda: a.statistics().peer_connected_count == 2)
+
+
+async def test_many_who_want_one_peer_dial_it_once(autojump_clock: MockClock) -> None:
+    """And share the failure, too; one that gives up does not fail the others."""
+    network = LoopbackNetwork(1, delay_s=(1.0, 1.0))
+    a, d = make(network, A, ""), make(network, D, "")
+    d.serve_requests(PROTOCOL, double, request_size_max_bytes=10)
+    dial_count = 0
+    dial = a._transport.dial
+
+    async def count(node_id: NodeId, addresses: Sequence[str]) -> None:
+        nonlocal dial_count
+        dial_count += 1
+        await dial(node_id, addresses)
+
+    a._transport.dial = count  # type: ignore[method-assign]
+    a._table.add_known(D, (address_of(D),), now_s=0)
+    errors: list[UnavailableError] = []
+
+    async def ask(give_up_after_s: float) -> None:
+        with trio.move_on_after(give_up_after_s):
+            try:
+                await a.request(D, PROTOCOL, b"x", response_size_max_bytes=2)
+            except UnavailableError as exc:
+                errors.append(exc)
+
+    async with running(a) as nursery:
+        nursery.start_soon(ask, 0.5)
+        async with trio.open_nursery() as asking:
+            for _ in range(20):
+                asking.start_soon(ask, 60)
+        assert len(errors) == 20
+        assert dial_count <= 6
+        await nursery.start(d.run)
+        async with trio.open_nursery() as asking:
+            for _ in range(20):
+                asking.start_soon(ask, 60)
+        assert len(errors) == 20
+        assert dial_count <= 8
 
 
 async def test_gossip_goes_through_the_judges(autojump_clock: MockClock) -> None:

@@ -44,9 +44,7 @@ class Node:
 
 def make_node(network: LoopbackNetwork, folder: Path, seed: int) -> Node:
     key = KeyPair(bytes([seed]) * 32)
-    p2p = P2pService(
-        transport=network.transport(key.node_id), known_peers={}, linked=frozenset(), rng=random.Random(seed)
-    )
+    p2p = P2pService(transport=network.transport(key.node_id), known_peers={}, linked=frozenset(), rng=random.Random(seed))
     own = folder / f"node{seed}"
     return Node(p2p, PackService(data_dir=own / "images", cache_dir=own / "cache", p2p=p2p, prepare=small_base))
 
@@ -63,7 +61,7 @@ async def running(nodes: Sequence[Node]) -> AsyncIterator[None]:
                 if other is not node:
                     node.p2p.add_known_peer(other.p2p.node_id, (f"/memory/{other.p2p.node_id}",))
         with trio.fail_after(60):
-            while not all(peer.connected for node in nodes for peer in node.p2p.peers()):
+            while not all(peer.connected for node in nodes for peer in node.p2p.peers()):  # noqa: ASYNC110 - no event for all
                 await trio.sleep(0.05)
         yield
         nursery.cancel_scope.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,13 +17,23 @@ import trio
 from formation.core.config import default_values
 from formation.pack.guest import AGENT_PORT_NAME, KERNEL_ARGUMENTS, VmGuestConfig, vm_config_cpio
 from formation.pack.service import BuildProgress, LocalImage, PackService, PullProgress
-
 from tests.unit.pack.images import NoPeers
 
 HELLO = Path(__file__).parents[3] / "examples" / "hello"
 CACHE = Path(default_values(os.environ, is_root=os.geteuid() == 0)["node.cache_dir"])
 # Strings that break every shell script that treats them as anything but data.
-NASTY = ("plain", "two words", "it's \"quoted\"", "$(touch /owned) `id` $HOME", "line one\nline two", "*", "", "\\n", "--", "é ✓")
+NASTY = (
+    "plain",
+    "two words",
+    'it\'s "quoted"',
+    "$(touch /owned) `id` $HOME",
+    "line one\nline two",
+    "*",
+    "",
+    "\\n",
+    "--",
+    "é ✓",
+)
 
 pytestmark = [
     pytest.mark.vm,
@@ -62,6 +73,15 @@ class Guest:
             await stream.send_all(f"GET {path} HTTP/1.0\r\nHost: guest\r\n\r\n".encode())
             return b"".join([piece async for piece in stream])
 
+    async def type_line(self, text: str, *, until: str) -> None:
+        """Write a line to the serial console, and wait for an answer in its log."""
+        socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+        await socket.connect(str(self._folder / "serial.sock"))
+        async with trio.SocketStream(socket) as stream:
+            await stream.send_all(text.encode() + b"\n")
+            while until not in self.log():  # noqa: ASYNC110 - a file that another process writes
+                await trio.sleep(0.05)
+
     async def shut_down(self) -> None:
         await self.send("shutdown")
         assert await self.line() == "stopping"
@@ -77,7 +97,7 @@ async def booted(folder: Path, image: LocalImage, config: VmGuestConfig, port: i
         os.truncate(disk, 1 << 30)
         path = os.environ["PATH"] + ":/sbin:/usr/sbin"
         command = ["mke2fs", "-q", "-t", "ext4", "-E", "lazy_itable_init=1,lazy_journal_init=1", str(disk)]
-        subprocess.run(command, check=True, env={"PATH": path})
+        await trio.run_process(command, env={"PATH": path})
     initrd.write_bytes(b"".join(p.read_bytes() for p in image.initrd_paths) + vm_config_cpio(config))
     agent.unlink(missing_ok=True)
     started_s = time.perf_counter()
@@ -86,7 +106,8 @@ async def booted(folder: Path, image: LocalImage, config: VmGuestConfig, port: i
         "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-M", "q35", "-accel", "tcg,thread=multi,tb-size=64", "-cpu", "max", "-m", str(image.manifest.config.memory_mib),
         "-kernel", str(image.kernel_path), "-initrd", str(initrd), "-append", KERNEL_ARGUMENTS,
-        "-chardev", f"file,id=serial0,path={folder / 'serial.log'}", "-serial", "chardev:serial0",
+        "-chardev", f"socket,id=serial0,path={folder / 'serial.sock'},server=on,wait=off,logfile={folder / 'serial.log'}",
+        "-serial", "chardev:serial0",
         "-drive", f"if=none,id=disk0,file={disk},format=raw", "-device", "virtio-blk-pci,drive=disk0",
         "-device", "virtio-rng-pci", "-device", "virtio-serial-pci",
         "-netdev", f"user,id=net0,hostfwd=tcp:127.0.0.1:{port}-:80", "-device", "virtio-net-pci,netdev=net0,romfile=",
@@ -96,7 +117,7 @@ async def booted(folder: Path, image: LocalImage, config: VmGuestConfig, port: i
     # fmt: on
     process = await trio.lowlevel.open_process(command, stdin=subprocess.DEVNULL)
     try:
-        while not agent.exists():
+        while not agent.exists():  # noqa: ASYNC110 - a file that another process makes
             await trio.sleep(0.01)
         socket = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
         await socket.connect(str(agent))
@@ -166,12 +187,10 @@ async def test_arguments_and_environment_are_data(tmp_path: Path) -> None:
     script.write_text(
         '#!/bin/sh\ncat /kept 2>/dev/null\necho "boot of $HOSTNAME" >>/kept\n'
         'for a; do printf "<%s>" "$a"; done >/app/args\nprintf "%s" "$ONE" >/app/one\nprintf "%s" "$TWO" >/app/two\n'
-        'pwd >/app/pwd\n[ ! -e /owned ] || echo OWNED\nid -un ada >/app/ada\ntail -n 1 /etc/hosts >/app/hosts\n'
+        "pwd >/app/pwd\n[ ! -e /owned ] || echo OWNED\nid -un ada >/app/ada\ntail -n 1 /etc/hosts >/app/hosts\n"
         "exec httpd -f -p 80 -h /app\n"
     )
     script.chmod(0o755)
-    import json
-
     (context / "Formfile").write_text(
         "NAME nasty\nFROM busybox\nMEMORY 192\nCOPY app /app\nWORKDIR /srv/deep\nEXPOSE 80\n"
         "USER username:ada passwd:secret groups:sudo\n"
@@ -180,7 +199,9 @@ async def test_arguments_and_environment_are_data(tmp_path: Path) -> None:
     )
     image = await image_of(context, tmp_path / "images")
     config = VmGuestConfig(
-        vm_id="vm-aaaaaaaaaaaaaaaa", hostname="nasty-1", env={"TWO": "from the VM $(touch /owned)\nend", "not.an-identifier": "1"}
+        vm_id="vm-aaaaaaaaaaaaaaaa",
+        hostname="nasty-1",
+        env={"TWO": "from the VM $(touch /owned)\nend", "not.an-identifier": "1"},
     )
     port = await free_port()
     with trio.fail_after(100):
@@ -214,3 +235,20 @@ async def test_a_service_that_ends_is_told_and_started_again(tmp_path: Path) -> 
             await guest.send("status")
             assert await guest.line() == "starting"
             await guest.shut_down()
+
+
+async def test_the_console_gives_a_shell_and_a_stubborn_service_ends(tmp_path: Path) -> None:
+    """Enter on the console gives a root shell that knows ENV; a service that ignores TERM is killed after the grace."""
+    tmp_path.joinpath("Formfile").write_text(
+        "NAME stubborn\nFROM busybox\nMEMORY 192\nENV COLOUR='deep blue'\n"
+        "ENTRYPOINT sh -c 'trap : TERM; while :; do sleep 1; done'\n"
+    )
+    image = await image_of(tmp_path, tmp_path / "images")
+    with trio.fail_after(60):
+        async with booted(tmp_path, image, CONFIG, await free_port()) as guest:
+            assert await guest.line() == "ready", guest.log()
+            await guest.type_line("", until="root@hello-1:~# ")
+            await guest.type_line('echo "$(id -un) $COLOUR" $((6 * 7))', until="root deep blue 42")
+            start_s = guest.elapsed_s()
+            await guest.shut_down()
+            assert 4 < guest.elapsed_s() - start_s < 15

@@ -90,7 +90,9 @@ def test_defaults() -> None:
     assert (f.vcpus, f.memory_mib, f.disk_gib, f.workdir, f.entrypoint, f.users) == (1, 512, 1, "/", (), ())
 
 
-@pytest.mark.parametrize("text", [HEAD.replace("\n", "\r\n"), "\ufeff" + HEAD, "\tNAME\tweb\nFROM  busybox  ", "\n\n  # x\n" + HEAD])
+@pytest.mark.parametrize(
+    "text", [HEAD.replace("\n", "\r\n"), "\ufeff" + HEAD, "\tNAME\tweb\nFROM  busybox  ", "\n\n  # x\n" + HEAD]
+)
 def test_line_ends_tabs_and_marks_of_other_editors_are_accepted(text: str) -> None:
     """CRLF, tabs, a byte order mark, blank lines and a missing last line end are fine."""
     assert parse_formfile(text, path="F").name == "web"

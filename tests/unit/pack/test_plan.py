@@ -89,7 +89,7 @@ def test_users_and_variables_become_files() -> None:
     """USER and ENV give rows of passwd, group and shadow, homes of their owners, and exports that are quoted."""
     layer = layer_of(
         "USER username:ada passwd:secret groups:web sudo:on ssh_authorized_keys:'ssh-ed25519 AAAA me'\n"
-        "USER username:bob\nENV GREETING=\"it's\"\nENV --scope=user:ada EDITOR=vi\n"
+        'USER username:bob\nENV GREETING="it\'s"\nENV --scope=user:ada EDITOR=vi\n'
     )
     passwd = layer["image/etc/passwd"].data.decode()
     assert "root:x:0:0:root:/root:/bin/sh\n" in passwd
@@ -120,7 +120,7 @@ def test_users_are_added_to_an_image_s_own_tables() -> None:
 def test_the_guest_is_told_by_data() -> None:
     """Entrypoint and environment are NUL-terminated; service variables are the service's only."""
     layer = layer_of(
-        "ENV A=1\nENV --scope=service:web B='x y'\nWORKDIR /srv\nEXPOSE 80 53/udp\nENTRYPOINT [\"a b\", \"\", \"c\\nd\"]\n"
+        'ENV A=1\nENV --scope=service:web B=\'x y\'\nWORKDIR /srv\nEXPOSE 80 53/udp\nENTRYPOINT ["a b", "", "c\\nd"]\n'
     )
     assert layer["formation/image/entrypoint"].data == b"a b\0\0c\nd\0"
     assert layer["formation/image/env"].data == b"A=1\0B=x y\0"

@@ -9,7 +9,8 @@ import pytest
 
 from formation.core.errors import HostError
 from formation.pack.cpio import read_cpio
-from formation.pack.rootfs import extract_vmlinux, module_depends, prepare_base
+from formation.pack.rootfs import module_depends, prepare_base
+from formation.pack.vmlinux import extract_vmlinux
 
 
 def make_vmlinux(*, note_type: int = 18) -> bytes:
@@ -24,8 +25,8 @@ def make_vmlinux(*, note_type: int = 18) -> bytes:
 
 def make_bzimage(vmlinux: bytes) -> bytes:
     """A kernel image with one setup sector, packed as Debian does it."""
-    block = lz4.block.compress(vmlinux, store_size=False)
-    payload = b"\x02\x21\x4c\x18" + struct.pack("<I", len(block)) + block + struct.pack("<I", len(vmlinux))
+    block: bytes = lz4.block.compress(vmlinux, store_size=False)
+    payload: bytes = b"\x02\x21\x4c\x18" + struct.pack("<I", len(block)) + block + struct.pack("<I", len(vmlinux))
     image = bytearray(1024 + 16)
     image[0x1F1] = 1
     image[0x202:0x206] = b"HdrS"
@@ -45,7 +46,7 @@ def test_the_kernel_inside_is_found() -> None:
         (b"", "not a bzImage"),
         (make_bzimage(b"not ELF at all" * 20), "not an ELF file"),
         (make_bzimage(make_vmlinux(note_type=1)), "no PVH entry"),
-        (make_bzimage(make_vmlinux())[:-20] + bytes(20), "damaged"),
+        (make_bzimage(make_vmlinux())[: 1024 + 16 + 8] + b"\xff" * 80, "damaged"),
         (make_bzimage(make_vmlinux()).replace(b"\x02\x21\x4c\x18", b"\x28\xb5\x2f\xfd"), "packed in an unknown way"),
     ],
 )
@@ -64,12 +65,23 @@ def test_dependencies_of_a_module_are_read_from_it() -> None:
 
 TOOLS = {
     "apt-cache": 'echo "Depends: linux-image-6.1.0-1-cloud-amd64 (= 1)"',
-    "apt-get": 'echo run >>"$HOME/downloads"; for p in linux-image-6.1.0-1-cloud-amd64 busybox-static; do echo $p >${p}_1_amd64.deb; done',
-    "dpkg-deb": (
-        'case $2 in *linux*) mkdir -p $3/boot $3/lib/modules/6.1/k; cp "$HOME/vmlinuz" $3/boot/vmlinuz-6.1;'
-        " printf '\\0depends=failover\\0' >$3/lib/modules/6.1/k/virtio_net.ko; printf '\\0depends=\\0' >$3/lib/modules/6.1/k/failover.ko;;"
-        " *) mkdir -p $3/bin; printf '#!/bin/sh\\necho bin/busybox; echo bin/ls; echo usr/bin/env\\n' >$3/bin/busybox; chmod 755 $3/bin/busybox;; esac"
-    ),
+    "apt-get": """
+echo run >>"$HOME/downloads"
+for name in linux-image-6.1.0-1-cloud-amd64 busybox-static; do echo $name >${name}_1_amd64.deb; done""",
+    "dpkg-deb": """
+case $2 in
+*linux*)
+    mkdir -p $3/boot $3/lib/modules/6.1/k
+    cp "$HOME/vmlinuz" $3/boot/vmlinuz-6.1
+    printf '\\0depends=failover\\0' >$3/lib/modules/6.1/k/virtio_net.ko
+    printf '\\0depends=\\0' >$3/lib/modules/6.1/k/failover.ko
+    ;;
+*)
+    mkdir -p $3/bin
+    printf '#!/bin/sh\\necho bin/busybox; echo bin/ls; echo usr/bin/env\\n' >$3/bin/busybox
+    chmod 755 $3/bin/busybox
+    ;;
+esac""",
 }
 
 

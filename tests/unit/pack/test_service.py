@@ -182,7 +182,7 @@ def misbehave(p2p: P2pService, pack: PackService, how: str, log: list[BlobReques
     async def serve(_: object, stream: ByteStream) -> None:
         request = await _read_frame(stream, BlobRequest)
         log.append(request)
-        path = pack._find_served(Digest(request.digest))
+        path = pack._images.find_blob(Digest(request.digest))
         assert path is not None
         data = path.read_bytes()
         manifest = len(data) < 1000
