@@ -15,7 +15,9 @@ import pytest
 import trio
 
 from formation.core.config import default_values
+from formation.pack.cpio import read_cpio
 from formation.pack.guest import AGENT_PORT_NAME, KERNEL_ARGUMENTS, VmGuestConfig, vm_config_cpio
+from formation.pack.rootfs import prepare_base
 from formation.pack.service import BuildProgress, LocalImage, PackService, PullProgress
 from tests.unit.pack.images import NoPeers
 
@@ -252,3 +254,39 @@ async def test_the_console_gives_a_shell_and_a_stubborn_service_ends(tmp_path: P
             start_s = guest.elapsed_s()
             await guest.shut_down()
             assert 4 < guest.elapsed_s() - start_s < 15
+
+
+async def test_scratch_needs_nothing_but_its_own_program(tmp_path: Path) -> None:
+    """FROM scratch with one static program in it boots, and has nothing else in its root."""
+    base = await trio.to_thread.run_sync(lambda: prepare_base(CACHE, report=print))
+    entries = {entry.name: entry.data for entry in read_cpio(base.initramfs_path.read_bytes())}
+    program = tmp_path / "busybox"
+    program.write_bytes(entries["base/bin/busybox"])
+    program.chmod(0o755)
+    tmp_path.joinpath("Formfile").write_text(
+        "NAME bare\nFROM scratch\nMEMORY 192\nCOPY busybox /busybox\nEXPOSE 80\nWORKDIR /srv\n"
+        'ENTRYPOINT ["/busybox", "httpd", "-f", "-p", "80", "-h", "/etc"]\n'
+    )
+    image = await image_of(tmp_path, tmp_path / "images")
+    port = await free_port()
+    with trio.fail_after(60):
+        async with booted(tmp_path, image, CONFIG, port) as guest:
+            assert await guest.line() == "ready", guest.log()
+            assert (await guest.fetch(port, "/hostname")).endswith(b"\r\n\r\nhello-1\n")
+            assert b"404" in await guest.fetch(port, "/passwd")
+            await guest.shut_down()
+
+
+async def test_an_image_without_entrypoint_is_ready_and_may_ask_for_a_password(tmp_path: Path) -> None:
+    """Without a service the guest is ready at once; with `disable_root` its console asks who is there."""
+    tmp_path.joinpath("Formfile").write_text(
+        "NAME idle\nFROM busybox\nMEMORY 192\nUSER username:ada passwd:secret disable_root:yes\n"
+    )
+    image = await image_of(tmp_path, tmp_path / "images")
+    with trio.fail_after(60):
+        async with booted(tmp_path, image, CONFIG, await free_port()) as guest:
+            assert await guest.line() == "ready", guest.log()
+            await guest.type_line("", until="login: ")
+            await guest.type_line("ada", until="Password: ")
+            await guest.type_line("secret", until="ada@hello-1:~$ ")
+            await guest.shut_down()
