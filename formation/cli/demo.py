@@ -155,7 +155,7 @@ def _check_host() -> None:
     if missing:
         raise HostError(
             f"the demo boots a real guest, and this machine lacks: {', '.join(missing)}",
-            hint=f"as root: apt-get install {' '.join(missing)}; without, a node still votes, builds and serves images: formation node",
+            hint=f"as root: apt-get install {' '.join(missing)}; without, a node still votes and serves images",
         )
 
 

@@ -1,18 +1,19 @@
 """A build context sent as a tar stream, unpacked where nothing can escape from.
 
-Python's `data` filter (PEP 706) refuses parents, links out of the folder and device nodes, but it asks `realpath`, which
-crafted archives of overlong links have deceived (CVE-2025-4517), and the Python that we run on may not be mended. So
-nothing depends on it alone. Rules of our own, which need only names and `lstat`:
+The standard library's own `data` filter (PEP 706) is missing in Debian 12's Python and has been deceived by crafted
+links (CVE-2025-4517), so the members are written here, by rules that need only names and `lstat`:
 1. No absolute name and no `..` in it, and nothing is written through or over a link: so all is written in the folder.
 2. A symbolic link goes up first, never above the folder, then down: so following links never leads out, for each link
    on the way obeys the same rule from where it really lies.
 3. A hard link names a plain file that was unpacked before, not a link, which would mean something else elsewhere.
-4. Sizes and counts are limited.
+4. Owners, times, devices and special modes are not taken over: a file is 0644, or 0755 where its owner may run it.
+5. Sizes and counts are limited.
 """
 
 from __future__ import annotations
 
 import errno
+import shutil
 import tarfile
 import tempfile
 from collections.abc import AsyncIterator
@@ -77,22 +78,18 @@ def _unpack(spool: IO[bytes], folder: Path) -> None:
     name = ""
     unpacked_bytes = 0
     try:
-        # errorlevel 2: a member that cannot be unpacked is an error, not a file that is silently missing.
-        with tarfile.open(fileobj=spool, mode="r:", errorlevel=2) as archive:
+        with tarfile.open(fileobj=spool, mode="r:") as archive:
             for count, member in enumerate(archive, start=1):
                 name = member.name
                 unpacked_bytes += max(0, member.size)
                 # Sparse members claim sizes far beyond what was sent.
                 if count > CONTEXT_FILE_COUNT_MAX or unpacked_bytes > CONTEXT_SIZE_MAX_BYTES:
                     raise UsageError("the build context unpacks to too much", hint="list what is not needed in .formignore")
-                _check_member(member, folder)
-                archive.extract(member, folder, filter="data")
+                _write_member(archive, member, folder)
             # tarfile takes a cut or damaged header for the end; the end is a block of zeros (pax, "ustar Interchange").
             spool.seek(archive.offset)
             if spool.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"damaged or cut after {name[:200]!r}")
-    except tarfile.FilterError as exc:
-        raise _refusal(name, str(exc)) from exc
     except tarfile.TarError as exc:
         raise UsageError(f"the build context is not a tar stream: {exc}", hint="formation image build sends one") from exc
     except OSError as exc:
@@ -107,26 +104,56 @@ def _unpack(spool: IO[bytes], folder: Path) -> None:
         ) from exc
 
 
-def _check_member(member: tarfile.TarInfo, folder: Path) -> None:
-    """Rules 1 to 3 of this module.
+def _write_member(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """Write one member by the rules of this module.
 
     Raises:
       UsageError: which member, and why.
     """
     parts = _inner_parts(member.name, member.name)
-    if member.isfile() and not parts:
-        raise _refusal(member.name, "it has no name")
     _check_no_link(member.name, folder, parts)
+    place = folder.joinpath(*parts)
+    if member.isdir():
+        place.mkdir(parents=True, exist_ok=True)
+        return
+    if not parts:
+        raise _refusal(member.name, "it has no name")
+    place.parent.mkdir(parents=True, exist_ok=True)
     if member.issym():
-        target = PurePosixPath(member.linkname)
-        up_count = next((i for i, part in enumerate(target.parts) if part != ".."), len(target.parts))
-        if not member.linkname or target.is_absolute() or ".." in target.parts[up_count:] or up_count >= len(parts):
-            raise _refusal(member.name, f"it links to {member.linkname[:200]!r}, which may lie outside")
+        _check_symlink(member, parts)
+        place.unlink(missing_ok=True)
+        place.symlink_to(member.linkname)
     elif member.islnk():
         linked = _inner_parts(member.name, member.linkname)
         _check_no_link(member.name, folder, linked)
         if not folder.joinpath(*linked).is_file():
             raise _refusal(member.name, f"it links to {member.linkname[:200]!r}, which is no file before it")
+        if linked != parts:
+            place.unlink(missing_ok=True)
+            place.hardlink_to(folder.joinpath(*linked))
+    elif member.isfile():
+        _write_file(archive, member, place)
+    else:
+        raise _refusal(member.name, "it is a special file")
+
+
+def _write_file(archive: tarfile.TarFile, member: tarfile.TarInfo, place: Path) -> None:
+    source = archive.extractfile(member)
+    assert source is not None
+    # A new file each time: writing into one that a hard link shares would change its twin.
+    place.unlink(missing_ok=True)
+    with place.open("xb") as file:
+        shutil.copyfileobj(source, file)
+        if file.tell() != member.size:
+            raise tarfile.ReadError(f"cut within {member.name[:200]!r}")
+    place.chmod(0o755 if member.mode & 0o100 else 0o644)
+
+
+def _check_symlink(member: tarfile.TarInfo, parts: tuple[str, ...]) -> None:
+    target = PurePosixPath(member.linkname)
+    up_count = next((i for i, part in enumerate(target.parts) if part != ".."), len(target.parts))
+    if not member.linkname or target.is_absolute() or ".." in target.parts[up_count:] or up_count >= len(parts):
+        raise _refusal(member.name, f"it links to {member.linkname[:200]!r}, which may lie outside")
 
 
 def _inner_parts(member_name: str, path_text: str) -> tuple[str, ...]:

@@ -110,6 +110,14 @@ class Lane:
         for voter, raw in self.tally.voters_of(block.seq, entry.hash):
             self.tally.confirm(voter, block.seq, raw)
 
+    def follows_ack(self, voter: int) -> bool:
+        """Whether our chain holds the block that this voter acknowledged last: it must never acknowledge another."""
+        head = self.tally.heads[voter]
+        if head is None or head.seq <= self.certified_seq:
+            return True
+        entry = self.chain.get(head.seq)
+        return entry is not None and entry.hash == head.hash
+
     def may_grow(self, entry: Entry) -> bool:
         """Whether the window has room for this block, or a quorum has been there before us."""
         if not self.is_full:

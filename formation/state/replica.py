@@ -454,7 +454,7 @@ class Replica:
             self._out.append(Notify(changes))
         for entry in own_acks:
             self._out.append(Send(FRAME_ACK + entry.raw, "ack"))
-            self._join_ack(entry, is_recovery=False)
+            self._join_ack(entry, is_own_new=True)
             for head in entry.ack.heads:
                 self._settle(self._lanes[LaneId(head.lane)], now_ns)
             assert self.voter is not None
@@ -651,8 +651,6 @@ class Replica:
     def _take_ack(self, raw: bytes, now_ns: int) -> None:
         entry = parse_ack(raw, voter_count=len(self._config.voters))
         ack = entry.ack
-        if ack.voter == self.voter:
-            return
         if any(LaneId(head.lane) not in self._lanes for head in ack.heads):
             # Acks make no lanes: a lying voter would name thousands. It is taken again when a block has made the lane.
             self._orphans[ack.voter].append(raw)
@@ -661,7 +659,7 @@ class Replica:
         if not ack_signature_holds(self._verify, self._config.voters[ack.voter], entry, network_id=self._config.network_id):
             raise DecodeError("ack: the signature does not hold")
         self.last_ack_ns[ack.voter] = now_ns
-        for lane in self._join_ack(entry, is_recovery=False):
+        for lane in self._join_ack(entry):
             self._settle(lane, now_ns)
             if lane.tally.heads[ack.voter] is not None and lane.head_seq < max(h.seq for h in ack.heads if h.lane == lane.id):
                 self._out.append(SyncWanted())
@@ -677,7 +675,7 @@ class Replica:
             return head.seq > known.certified_seq
         return head.seq in known.chain and not known.tally.is_confirmed(voter, head.seq)
 
-    def _join_ack(self, entry: AckEntry, *, is_recovery: bool) -> tuple[Lane, ...]:
+    def _join_ack(self, entry: AckEntry, *, is_recovery: bool = False, is_own_new: bool = False) -> tuple[Lane, ...]:
         """Count an ack whose signature holds, and keep it while it is somebody's newest word."""
         ack = entry.ack
         moved: list[Lane] = []
@@ -693,14 +691,16 @@ class Replica:
             if not lane.put_ack(ack.voter, head, entry.raw):
                 lane.is_doubtful = True
             if ack.voter == self.voter:
+                # Also when a peer sends it back to us: a voter that lost its disk remembers by others what it said.
                 lane.acked_seq = max(lane.acked_seq, head.seq)
+                self._ack_n = max(self._ack_n, ack.n)
             moved.append(lane)
         for lane in moved if not is_recovery else ():
             if lane.is_proof_due:
                 self._keep_proof(lane)
         if moved:
             self._pending.dropped.extend(self._book.put(entry, [lane.id for lane in moved]))
-            if ack.voter != self.voter and not is_recovery:
+            if not is_own_new and not is_recovery:
                 self._pending.acks.append(AckRow(hash=entry.hash, raw=entry.raw))
         elif is_recovery:
             self._pending.dropped.append(entry.hash)
@@ -730,6 +730,7 @@ class Replica:
             and lane.evidence is None
             and lane.public_key not in self._banned
             and lane.head_seq > lane.acked_seq
+            and lane.follows_ack(self.voter)
             and self._is_open(lane)
         )
 

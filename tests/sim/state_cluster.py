@@ -12,6 +12,7 @@ import heapq
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from formation.core.clock import NS_PER_MS
 from formation.core.codec import Sign, encode
@@ -158,7 +159,7 @@ class Cluster:
                     assert node.commit is None
                     node.commit = batch
                     life = node.life
-                    self.after(self.rng.uniform(0.2, 5), lambda: self._stored(node, life))
+                    self.after(self.rng.uniform(0.2, 5), partial(self._stored, node, life))
                 case Notify(changes):
                     for change in changes:
                         assert change.position == node.position + 1, "positions have gaps"
@@ -237,7 +238,7 @@ class Cluster:
         if not self.is_cut(sender, receiver):
             self.handle(receiver, FrameReceived(node_id_of(public_key(sender.voter)), frame))
 
-    def sync(self, client: Node, server: Node) -> None:
+    def sync_round(self, client: Node, server: Node) -> None:
         """A whole round, with the values really encoded and decoded on their way."""
         if not client.is_up or not server.is_up or self.is_cut(client, server) or client.voter == server.voter:
             return
@@ -355,18 +356,18 @@ def run(seed: int, faults: Faults, *, block_count: int = 24, count: int = 4, quo
     rng = cluster.rng
     nodes = list(cluster.nodes.values())
     for _ in range(block_count):
-        cluster.after(rng.uniform(0, 500), lambda node=rng.choice(nodes): cluster.submit(node))  # type: ignore[misc]
+        cluster.after(rng.uniform(0, 500), partial(cluster.submit, rng.choice(nodes)))
     for _ in range(faults.crash_count):
         victim = rng.choice([n for n in nodes if n.is_correct])
-        cluster.after(rng.uniform(0, 500), lambda node=victim: cluster.crash(node))  # type: ignore[misc]
+        cluster.after(rng.uniform(0, 500), partial(cluster.crash, victim))
     for _ in range(faults.partition_count):
         groups = {node.name: rng.randint(0, 1) for node in nodes}
         at_ms = rng.uniform(0, 400)
-        cluster.after(at_ms, lambda g=groups: cluster.groups.update(g))  # type: ignore[misc]
+        cluster.after(at_ms, partial(cluster.groups.update, groups))
         cluster.after(at_ms + rng.uniform(10, 200), cluster.groups.clear)
     for at_ms in range(100, 900, 100):
         for node in nodes:
-            cluster.after(at_ms + rng.uniform(0, 90), lambda n=node, m=rng.choice(nodes): cluster.sync(n, m))  # type: ignore[misc]
+            cluster.after(at_ms + rng.uniform(0, 90), partial(cluster.sync_round, node, rng.choice(nodes)))
     cluster.run_until(900)
     cluster.groups.clear()
     cluster.is_quiet = True
@@ -375,11 +376,11 @@ def run(seed: int, faults: Faults, *, block_count: int = 24, count: int = 4, quo
         cluster.run_until(1000 + turn * 400)
         for node in nodes:
             for other in nodes:
-                cluster.sync(node, other)
+                cluster.sync_round(node, other)
     cluster.run_until(3000 + 2 * faults.clock_skew_ms)
     for _ in range(2):
         for node in nodes:
             for other in nodes:
-                cluster.sync(node, other)
+                cluster.sync_round(node, other)
         cluster.run_until((cluster.now_ns - START_NS) / NS_PER_MS + 300)
     return cluster

@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from formation.cli.fake_node import FakeNode
 from formation.cli.main import run_command_line
 from formation.core.keys import KeyPair, write_key_file
+from tests.unit.cli.fake_node import FakeNode
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Protocol
 import pytest
 
 from formation.cli.client import Client
-from formation.cli.fake_node import FakeNode
 from formation.core.errors import UnavailableError
 from formation.core.event import VmRequested, parse_event
 from formation.core.intent import parse_intent
+from tests.unit.cli.fake_node import FakeNode
 
 
 class _Result(Protocol):

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import pytest
 
-from formation.cli.fake_node import FakeNode
 from formation.core.errors import ConflictError, DeniedError, QuorumError
+from tests.unit.cli.fake_node import FakeNode
 
 
 class _Result(Protocol):

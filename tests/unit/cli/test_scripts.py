@@ -14,7 +14,7 @@ from typing import Protocol
 
 import pytest
 
-from formation.cli.fake_node import FakeNode
+from tests.unit.cli.fake_node import FakeNode
 
 _SCRIPTS = sorted((Path(__file__).parents[2] / "scripts").glob("*.txt"))
 # What differs from run to run: ids, random names, times, places.

@@ -3,7 +3,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from formation.cli.fake_node import NODE_2, vm_record
 from formation.cli.tui.keys import parse_keys
 from formation.cli.tui.model import (
     EVENT_COUNT_MAX,
@@ -20,6 +19,7 @@ from formation.cli.tui.model import (
     with_log,
     with_news,
 )
+from tests.unit.cli.fake_node import NODE_2, vm_record
 
 
 def _vm(name: str, letter: str, phase: str = "running") -> dict[str, Any]:

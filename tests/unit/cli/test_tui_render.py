@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from formation.cli.fake_node import NODE_1, NODE_2, FakeNode, vm_record
 from formation.cli.tui.model import Model, Pane, View, press, with_event, with_log, with_news
 from formation.cli.tui.render import render, to_text
+from tests.unit.cli.fake_node import NODE_1, NODE_2, FakeNode, vm_record
 
 _SCREENS = Path(__file__).parent / "screens"
 

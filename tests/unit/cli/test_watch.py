@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from formation.cli.fake_node import DIGEST, NODE_1, NODE_2, vm_record
 from formation.cli.watch import ABSENCE_S_MAX, CONFIRM_S, UNKNOWN_S, Goal, Watch, port_texts, short_id
 from formation.core.errors import FormationError, NotFoundError, QuorumError, UnavailableError
+from tests.unit.cli.fake_node import DIGEST, NODE_1, NODE_2, vm_record
 
 VM_ID = "vm-" + "a" * 16
 

@@ -6,7 +6,7 @@ import os
 import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
@@ -192,8 +192,6 @@ NOT_A_TAR: dict[str, bytes] = {
     "negative size of pax fields": header("a", b"\xff" * 10 + b"\xfe\x00", b"x") + bytes(1024),
     "chain of long names": header("a", b"0" * 11 + b"\0", b"L") * 1200 + bytes(1024),
     "NUL in a name": tar(("a", {"pax_headers": {"path": "x\0y"}}, b"x")),
-    "date beyond all": tar(("a", {"pax_headers": {"mtime": "1e300"}}, b"x")),
-    "date that is no number": tar(("a", {"pax_headers": {"mtime": "nan"}}, b"x")),
     "sparse map of letters": tar(("a", {"pax_headers": {"GNU.sparse.map": "a,b", "GNU.sparse.size": "9"}}, b"x")),
     "sparse map without digits": tar(("a", {"pax_headers": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}}, b"zz\n")),
 }
@@ -267,10 +265,10 @@ async def test_a_full_disk_while_receiving_is_the_hosts_fault(tmp_path: Path, mo
 async def test_a_full_disk_while_unpacking_is_the_hosts_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sender is not told that its tar is bad."""
 
-    def full(*_: object, **__: object) -> IO[bytes]:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tarfile.TarFile, "extract", full)
+    monkeypatch.setattr("shutil.copyfileobj", full)
     with pytest.raises(HostError, match="cannot unpack the build context: No space left on device") as caught:
         await receive_context(chunks_of(tar(("a", {}, b"x"))), tmp_path)
     assert isinstance(caught.value, FormationError)

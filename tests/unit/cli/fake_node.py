@@ -420,7 +420,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """Run a fake by hand, to try commands and `top`: python -m formation.cli.fake_node SOCKET."""
+    """Run a fake by hand, to try commands and `top`: python -m tests.unit.cli.fake_node SOCKET."""
     import sys
 
     with FakeNode(Path(sys.argv[1])) as node:
