@@ -196,6 +196,3 @@ class AckBook:
     def newest(self, voter: int, lane: LaneId) -> AckEntry | None:
         """The voter's newest ack for a lane."""
         return self._newest.get((voter, lane))
-
-    def __len__(self) -> int:
-        return len(self._entries)

@@ -228,11 +228,6 @@ class Replica:
         """Operations in open lanes that wait for a quorum."""
         return sum(len(e.block.ops) for lane in self._lanes.values() if self._is_open(lane) for e in lane.chain.values())
 
-    @property
-    def has_doubt(self) -> bool:
-        """Whether blocks wait for something that a peer may have."""
-        return any(lane.waiting or lane.is_doubtful for lane in self._lanes.values())
-
     def certified_seq(self, lane: LaneId) -> int:
         """How far a lane is certified; 0 when unknown."""
         known = self._lanes.get(lane)

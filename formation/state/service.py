@@ -25,6 +25,7 @@ from formation.core.errors import (
     DecodeError,
     DeniedError,
     FormationError,
+    HostError,
     NotFoundError,
     UnavailableError,
     UsageError,
@@ -188,7 +189,8 @@ class StateService:
         """Recover, open this process's lane, then work until cancelled.
 
         Raises:
-          HostError: the store cannot be opened or written; nothing that was promised is lost.
+          HostError: the store cannot be opened; while running, inside an ExceptionGroup: it cannot be written. The node
+            must stop then, and nothing that was promised is lost.
           UsageError: the store belongs to another network.
         """
         await trio.to_thread.run_sync(self._store.open, self._manifest.network_id, limiter=self._limiter)
@@ -304,7 +306,14 @@ class StateService:
         """
         while not self.is_certified(token):
             at = (_lane_of(token), token.seq)
-            await self._certified.setdefault(at, trio.Event()).wait()
+            event = self._certified.setdefault(at, trio.Event())
+            try:
+                await event.wait()
+            except trio.Cancelled:
+                # The last to give up takes the entry along; without a quorum they would pile up.
+                if not event.statistics().tasks_waiting:
+                    self._certified.pop(at, None)
+                raise
 
     def is_certified(self, token: Token) -> bool:
         """Whether a quorum has it on disk, as far as is known here.
@@ -368,8 +377,9 @@ class StateService:
             for ack in replay.acks:
                 self._replica.recover_ack(ack)
         except (DecodeError, AssertionError) as exc:
-            raise UsageError(
-                f"the state store cannot be read back: {exc}", hint="move it away: the node gets everything certified back"
+            raise HostError(
+                f"the state store cannot be read back: {exc}",
+                hint="move it away: the node gets everything certified back from its peers",
             ) from exc
         self._replica.finish_recovery()
 
@@ -408,7 +418,9 @@ class StateService:
                 self._syncer.want_nowait()
             case Fault(node_id, reason):
                 self._fault_count += 1
-                _logger.warning("state.peer_fault", peer=node_id, reason=reason)
+                # At 1, 2, 4, 8, …: a hostile peer must not fill the disk with our log.
+                if self._fault_count & (self._fault_count - 1) == 0:
+                    _logger.warning("state.peer_fault", peer=node_id, reason=reason, count=self._fault_count)
 
     async def _commit_loop(self) -> None:
         """The store's one user for writing: what gathered while a commit ran goes into the next."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from formation.core.errors import UsageError
+from formation.core.errors import HostError, UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +153,6 @@ class MemoryStore:
 
     def open(self, network_id: bytes) -> None:
         """See Store."""
-        from formation.core.errors import HostError
-
         if self._disk.is_taken:
             raise HostError(
                 "the store is in use by another process", hint="stop the other node, or give this one its own --data-dir"
