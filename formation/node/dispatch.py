@@ -16,6 +16,7 @@ import trio
 
 from formation.core.event import ImageDropped, ImageHeld, RecordKind
 from formation.core.ids import NodeId, VmId
+from formation.node.health import GRACE_S
 from formation.pack.service import PackService
 from formation.state.service import Change, Gap, Level, StateService
 from formation.vmm.service import VmmService
@@ -66,10 +67,15 @@ class Dispatch:
                 await self._vmm.reconcile_vm(vm.vm_id)
 
     async def _watch_peers(self) -> None:
+        """Look when a node came or went, and once more when its absence counts (`Liveness` gives it a grace)."""
         while True:
             await self._peer_changed.wait()
             self._peer_changed = trio.Event()
             await self._look_at_all(only_unplaced=True)
+            with trio.move_on_after(GRACE_S) as scope:
+                await self._peer_changed.wait()
+            if scope.cancelled_caught:
+                await self._look_at_all(only_unplaced=True)
 
     async def _tell_held_images(self) -> None:
         while True:

@@ -11,7 +11,7 @@ from formation.core.clock import NS_PER_S, Clock
 from formation.core.ids import NodeId
 
 # A dropped connection that is dialled again at once must not move work about.
-GRACE_S = 2.0
+GRACE_S = 1.0
 # Anybody may connect under ever new keys; far above any network that this version can hold.
 GONE_COUNT_MAX = 4096
 
