@@ -1,16 +1,14 @@
 """Four replicas on one core, no disk, no wire: certified operations per second, and what signatures take of it.
 
-    python bench/micro/state_core.py [ops per block] [rounds] [body bytes]
-
-Small size by default (it is run with the tests); quote figures as medians of at least 5 runs with 64 200 200.
+    python -m bench.run state [--small]
 """
 
 from __future__ import annotations
 
 import random
-import sys
 from time import perf_counter
 
+from bench.report import header, row
 from formation.core.codec import Sign, verify_ed25519
 from formation.core.event import Topic, VmFailed
 from formation.core.ids import NetworkId
@@ -98,12 +96,15 @@ def collect(sender: int, replica: Replica, event: Submit | CommitReady, now_ns: 
     return frames
 
 
-def main() -> None:
-    numbers = [int(text) for text in sys.argv[1:4]]
-    block_op_count, round_count, body_size_bytes = numbers + [64, 10, 200][len(numbers) :]
-    rate, verify, sign = run(block_op_count, round_count, body_size_bytes)
-    print(f"{rate:,.0f} certified ops/s of {REPLICA_COUNT} replicas on a core; verifying {verify:.0%}, signing {sign:.0%}")
+def main(*, small: bool) -> None:
+    """Print the figures."""
+    print(header(f"State core: {REPLICA_COUNT} replicas in one process on one core, no disk, no network, 200-byte bodies"))
+    for block_op_count, round_count in ((64, 10), (1, 50)):
+        runs = [run(block_op_count, round_count, 200) for _ in range(1 if small else 5)]
+        print(row(f"certified, {block_op_count} operations a block", [rate for rate, _, _ in runs], "op/s"))
+        print(row("  share of verifying signatures", [100 * verify for _, verify, _ in runs], "%"))
+        print(row("  share of signing", [100 * sign for _, _, sign in runs], "%"))
 
 
 if __name__ == "__main__":
-    main()
+    main(small=False)

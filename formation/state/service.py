@@ -164,6 +164,7 @@ class StateService:
         self._feed = Feed()
         self._fed = trio.Event()
         self._outbox = Outbox()
+        self._gossip_wanted = trio.Event()
         self._is_ready = False
         self._commit_wanted = trio.Event()
         self._wake_at_ns: int | None = None
@@ -397,6 +398,7 @@ class StateService:
                 for node_id in self._others:
                     self._p2p.send_frame(node_id, frame)
                 self._outbox.put(kind, frame)
+                self._gossip_wanted.set()
             case Commit(batch):
                 self._commits.append(batch)
             case Notify(changes):
@@ -483,6 +485,8 @@ class StateService:
         """Publish what observers follow, if there are any; drop it otherwise."""
         voters = {voter.node_id for voter in self._manifest.voters}
         while True:
+            await self._gossip_wanted.wait()
+            self._gossip_wanted = trio.Event()
             await trio.sleep(GOSSIP_INTERVAL_S)
             messages = self._outbox.take_messages()
             if not messages or all(peer.node_id in voters for peer in self._p2p.peers() if peer.connected):
