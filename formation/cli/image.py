@@ -53,7 +53,7 @@ IMAGE_FIELDS = (
     Column("Defaults", _resources),
     Column("Exposes", _expose),
     Column("Held by", lambda image: ", ".join(image.get("nodes") or image.get("holders") or ())),
-    Column("Built by", lambda image: str(image.get("built_by", ""))),
+    Column("Built by", lambda image: str(image.get("built_on") or image.get("built_by", ""))),
     Column("Age", lambda image: since_text(image.get("built_ms"))),
 )
 

@@ -43,6 +43,10 @@ def _part(status: Row, name: str) -> Mapping[str, Any]:
     return part if isinstance(part, Mapping) else {}
 
 
+def _count(number: object, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _node(status: Row) -> str:
     node = _part(status, "node")
     up = node.get("uptime_s")
@@ -54,14 +58,15 @@ def _node(status: Row) -> str:
 def _network(status: Row) -> str:
     network = _part(status, "network")
     faults = network.get("fault_count_max", "?")
-    return f"{network.get('name', '?')}: {network.get('voters', '?')} voters, survives {faults} faulty\n{network.get('id', '')}"
+    voters = _count(network.get("voters", "?"), "voter")
+    return f"{network.get('name', '?')}: {voters}, survives {faults} faulty\n{network.get('id', '')}"
 
 
 def _voters(status: Row) -> str:
     lines = []
     for voter in _part(status, "state").get("voters") or []:
-        lag_s = voter.get("lag_s")
-        seen = f"last new ack {format_duration(float(lag_s))} ago" if isinstance(lag_s, int | float) else "no ack yet"
+        age_s = voter.get("last_ack_age_s")
+        seen = f"last new ack {format_duration(float(age_s))} ago" if isinstance(age_s, int | float) else "no ack yet"
         lines.append(f"{voter.get('name', '?')}: {'online' if voter.get('online') else 'SILENT'}, {seen}")
     return "\n".join(lines)
 
@@ -70,7 +75,7 @@ def _state(status: Row) -> str:
     state = _part(status, "state")
     return (
         f"{state.get('certified_count', '?')} certified, {state.get('uncertified_count', '?')} waiting, "
-        f"{state.get('lanes', '?')} lanes"
+        f"{_count(state.get('lanes', '?'), 'lane')}"
     )
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import base64
 import hmac
 import json
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from formation.core.errors import (
     ConflictError,
     DecodeError,
     FormationError,
+    HostError,
     NotFoundError,
     QuorumError,
     UsageError,
@@ -62,6 +63,8 @@ CERTIFY_TIMEOUT_S = 10.0
 # Progress lines wait here while a slow client reads; a full buffer makes the build wait, not memory grow.
 PROGRESS_BUFFER_COUNT = 256
 LOG_TAIL_LINES_MAX = 10_000
+# Positions are SQLite's integers, below 2**63.
+COUNT_DIGITS_MAX = 18
 
 _HTTP_STATUS = {
     "usage": 400,
@@ -107,6 +110,7 @@ def make_api(parts: ApiParts) -> Starlette:
         ],
         exception_handlers={
             FormationError: _formation_error,
+            ClientDisconnect: _client_gone,
             404: _no_such_route,
             405: _no_such_route,
             Exception: _internal_error,
@@ -194,7 +198,8 @@ class _Api:
             vm = (
                 self._state.view.vm(wish.intent.object_id, Level.CERTIFIED) if wish.intent.object_id.startswith("vm-") else None
             )
-            return wish.intent.object_id, TraceId(vm.trace_id) if vm else trace_id_of(wish.digest)
+            # Only an account that makes itself known may leave the object out: it means itself.
+            return wish.intent.object_id or wish.account_id, TraceId(vm.trace_id) if vm else trace_id_of(wish.digest)
         vm_id = vm_id_of(wish.digest)
         spec = check_vm_spec(VmSpec(**_spec_fields(event)))
         for vm in self._state.view.vms():
@@ -225,8 +230,7 @@ class _Api:
         formfile = request.query_params.get("formfile", "")
 
         async def job(send: SendBytes) -> None:
-            with TemporaryDirectory(prefix="context-", dir=self._reads.settings.data_dir, ignore_cleanup_errors=True) as folder:
-                context = Path(folder)
+            async with _context_folder(self._reads.settings.data_dir) as context:
                 await receive_context(request.stream(), context)
                 path = inside(context, formfile) if formfile else None
                 async with self._builds:
@@ -272,28 +276,29 @@ class _Api:
         query = request.query_params
         wanted = Filter(topic=query.get("topic", ""), trace_id=query.get("trace", ""), object_id=query.get("object", ""))
         since_text = query.get("since", "") or request.headers.get("last-event-id", "")
-        if since_text and not since_text.isdigit():
+        since = parse_count(since_text) if since_text else None
+        if since_text and since is None:
             raise UsageError(
                 f"since: {since_text[:40]!r} is not a position", hint="a position is the id of an event seen before"
             )
-        since = int(since_text) if since_text else None
         follow = query.get("follow", "1") not in ("0", "false")
+        # Settled before the status line: what a client does as soon as it sees that, it will be told.
+        start = self._state.status().position if since is None else since
 
         async def job(send: SendBytes) -> None:
-            await _send_events(self._reads, send, wanted=wanted, since=since, follow=follow)
+            await _send_events(self._reads, send, wanted=wanted, since=start, follow=follow)
 
         return _StreamResponse(job, media_type="text/event-stream")
 
     async def get_logs(self, request: Request) -> Response:
-        tail = request.query_params.get("tail", "200")
-        if not tail.isdigit() or int(tail) > LOG_TAIL_LINES_MAX:
+        text = request.query_params.get("tail", "200")
+        tail = parse_count(text)
+        if tail is None or tail > LOG_TAIL_LINES_MAX:
             raise UsageError(
-                f"tail: {tail[:20]!r} is not a count of lines up to {LOG_TAIL_LINES_MAX}", hint="formation vm logs -n 200"
+                f"tail: {text[:20]!r} is not a count of lines up to {LOG_TAIL_LINES_MAX}", hint="formation vm logs -n 200"
             )
         follow = request.query_params.get("follow", "0") in ("1", "true")
-        return await self._attached(
-            request, AttachRequest("logs", int(tail), follow, _permit(request)), "text/plain; charset=utf-8"
-        )
+        return await self._attached(request, AttachRequest("logs", tail, follow, _permit(request)), "text/plain; charset=utf-8")
 
     async def get_console(self, request: Request) -> Response:
         wanted = AttachRequest("console", 0, True, _permit(request))
@@ -318,7 +323,7 @@ class _Api:
         return Response(status_code=204)
 
 
-async def _send_events(reads: Reads, send: SendBytes, *, wanted: Filter, since: int | None, follow: bool) -> None:
+async def _send_events(reads: Reads, send: SendBytes, *, wanted: Filter, since: int, follow: bool) -> None:
     async def keep_alive() -> None:
         while True:
             await trio.sleep(KEEP_ALIVE_S)
@@ -329,7 +334,7 @@ async def _send_events(reads: Reads, send: SendBytes, *, wanted: Filter, since: 
             nursery.start_soon(keep_alive)
         # Without `follow`, the feed ends at the newest change there is now.
         end = None if follow else reads.state.status().position
-        if end is None or (since if since is not None else end) < end:
+        if end is None or since < end:
             async for item in reads.state.changes(since=since):
                 if isinstance(item, Gap):
                     await send(sse_gap(item))
@@ -338,6 +343,25 @@ async def _send_events(reads: Reads, send: SendBytes, *, wanted: Filter, since: 
                 if end is not None and item.position >= end:
                     break
         nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _context_folder(parent: Path) -> AsyncIterator[Path]:
+    """A folder for one build's context.
+
+    Raises:
+      HostError: the disk refused.
+    """
+    try:
+        folder = TemporaryDirectory(prefix="context-", dir=parent, ignore_cleanup_errors=True)
+    except OSError as exc:
+        raise HostError(f"cannot keep the build context: {exc.strerror}", hint="is the node's disk full?") from exc
+    try:
+        yield Path(folder.name)
+    finally:
+        # Tens of thousands of files take seconds, in which this node would be silent to its peers.
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(folder.cleanup)
 
 
 def _spec_fields(event: VmRequested) -> dict[str, Any]:
@@ -387,25 +411,43 @@ class _StreamResponse(Response):
         async def send_bytes(data: bytes) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
+        is_whole = True
         async with trio.open_nursery() as nursery:
-            if scope["method"] == "GET":
+            if scope["method"] != "POST":
                 # A POST's body comes by `receive` as well; its job notices the end of the connection by itself.
                 nursery.start_soon(_cancel_on_disconnect, receive, nursery.cancel_scope)
             try:
                 await self._job(send_bytes)
             except ClientDisconnect:
                 pass
-            except FormationError as exc:
-                # The status line is out: break the body off, the client sees an incomplete answer.
-                log.warning("stream.failed", path=scope["path"], error=exc.message)
+            except Exception as exc:  # noqa: BLE001 - supervision boundary: the server would drop it unseen
+                is_whole = False
+                _log_broken_stream(scope["path"], exc)
             nursery.cancel_scope.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if is_whole:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        # Else the status line is out, and a body without its end is all that can still be said: the server breaks the
+        # connection off, and the client sees an incomplete answer.
+
+
+def _log_broken_stream(path: str, exc: Exception) -> None:
+    error = only_formation_error(exc) if isinstance(exc, BaseExceptionGroup) else exc
+    if isinstance(error, FormationError):
+        log.warning("stream.failed", path=path, error=error.message)
+    else:
+        log.error("api.failed", path=path, exc_info=exc)
 
 
 async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     scope.cancel()
+
+
+def parse_count(text: str) -> int | None:
+    """A count or position of the query; None if it is none."""
+    # ASCII first: `isdigit` holds for superscripts, which int() refuses, and int() for no more than 4,300 digits.
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= COUNT_DIGITS_MAX else None
 
 
 def _permit(request: Request) -> bytes:
@@ -431,6 +473,11 @@ async def _body(request: Request, size_max_bytes: int) -> bytes:
 async def _formation_error(_: Request, exc: Exception) -> Response:
     assert isinstance(exc, FormationError)
     return JSONResponse(error_json(exc), status_code=_HTTP_STATUS.get(exc.code, 500))
+
+
+async def _client_gone(_: Request, __: Exception) -> Response:
+    # Nobody reads it; without it, a client that leaves in the middle of its request would be logged as our failure.
+    return Response(status_code=400)
 
 
 async def _no_such_route(request: Request, _: Exception) -> Response:

@@ -21,9 +21,17 @@ import trio
 
 from formation.core.clock import NS_PER_MS
 from formation.core.codec import decode, encode, verify_ed25519
-from formation.core.errors import ConflictError, DecodeError, DeniedError, FormationError, UnavailableError, error_from_code
+from formation.core.errors import (
+    ConflictError,
+    DecodeError,
+    DeniedError,
+    FormationError,
+    UnavailableError,
+    UsageError,
+    error_from_code,
+)
 from formation.core.ids import NodeId
-from formation.core.intent import check_intent, parse_intent
+from formation.core.intent import SignedIntent, check_intent, parse_intent
 from formation.core.spec import VmRecord
 from formation.node.reads import Reads
 from formation.p2p.service import P2pService
@@ -34,7 +42,10 @@ log = structlog.get_logger(__name__)
 PROTOCOL = "/formation/attach/1"
 PERMIT_VERB = "vm.attach"
 # A permit is an intent with an empty body: about 250 bytes.
+PERMIT_SIZE_MAX_BYTES = 2 * 1024
+# The permit and a few numbers; an answer's texts are cut to fit as well.
 REQUEST_SIZE_MAX_BYTES = 4 * 1024
+TEXT_LENGTH_MAX = 400
 _LENGTH_SIZE_BYTES = 4
 # A holder answers from memory, over a link that stands.
 ANSWER_TIMEOUT_S = 10.0
@@ -60,7 +71,8 @@ class Attach:
         self._reads = reads
         self._p2p = p2p
         self._sessions = 0
-        self._typing: dict[str, ByteStream] = {}
+        self._typing: dict[str, list[ByteStream]] = {}
+        """Consoles on other nodes that are open through this one, by VM; several people may look at one."""
         p2p.serve_stream(PROTOCOL, self._serve)
 
     @asynccontextmanager
@@ -69,7 +81,8 @@ class Attach:
 
         Raises:
           ConflictError: not placed yet, or not running.
-          DeniedError: it is held elsewhere, and the permit is missing or not the owner's.
+          DeniedError: it is held elsewhere, and the permit is missing, not the owner's or not for it.
+          UsageError: the permit is not one.
           UnavailableError: the holder does not answer.
         """
         if vm.placement is None:
@@ -83,14 +96,15 @@ class Attach:
                 f"{vm.spec.name} runs on another node, which wants its owner's signature",
                 hint="use the account that made it: FORMATION_ACCOUNT_KEY",
             )
+        if _parse_permit(request.permit).intent.object_id != vm.vm_id:
+            raise DeniedError(f"the permit is not for {vm.spec.name}", hint="each VM wants its own")
         stream = await self._ask(NodeId(vm.placement.node_id), request)
         try:
             if request.kind == "console":
-                self._typing[vm.vm_id] = stream
+                self._typing.setdefault(vm.vm_id, []).append(stream)
             yield _chunks(stream)
         finally:
-            if self._typing.get(vm.vm_id) is stream:
-                del self._typing[vm.vm_id]
+            self._stop_typing(vm.vm_id, stream)
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await stream.aclose()
 
@@ -103,10 +117,16 @@ class Attach:
         if vm.placement is not None and vm.placement.node_id == self._reads.node_id:
             await self._reads.vmm.write_console(vm.vm_id, data)
             return
-        stream = self._typing.get(vm.vm_id)
-        if stream is None:
+        streams = self._typing.get(vm.vm_id)
+        if not streams:
             raise ConflictError(f"no console of {vm.spec.name} is open", hint=f"formation vm console {vm.spec.name}")
-        await stream.send_all(data)
+        # Whichever it is, the guest's console is one; the newest is the likeliest to be whole.
+        await streams[-1].send_all(data)
+
+    def _stop_typing(self, vm_id: str, stream: ByteStream) -> None:
+        left = [other for other in self._typing.pop(vm_id, []) if other is not stream]
+        if left:
+            self._typing[vm_id] = left
 
     @asynccontextmanager
     async def _open_here(self, vm_id: str, request: AttachRequest) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -129,11 +149,15 @@ class Attach:
                 answer = await _receive_frame(stream)
             if answer:
                 code, message, hint = decode(answer, tuple[str, str, str], what="attach answer")
-                raise error_from_code(code, message, hint)
+                raise error_from_code(code, _printable(message), _printable(hint))
         except trio.TooSlowError as exc:
             await stream.aclose()
             name = self._reads.node_name(holder)
             raise UnavailableError(f"node {name} does not answer", hint="formation status") from exc
+        except DecodeError as exc:
+            await stream.aclose()
+            name = self._reads.node_name(holder)
+            raise UnavailableError(f"node {name} does not keep to the protocol", hint="it may run another version") from exc
         except BaseException:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await stream.aclose()
@@ -162,7 +186,7 @@ class Attach:
 
     def _permitted(self, request: AttachRequest) -> VmRecord:
         """The VM that the permit is for, if its owner signed it and we hold it."""
-        permit = parse_intent(request.permit)
+        permit = _parse_permit(request.permit)
         now_ms = self._reads.clock.now_ns() // NS_PER_MS
         check_intent(verify_ed25519, permit, network_id=self._reads.manifest.network_id, now_ms=now_ms)
         vm = self._reads.find_vm(permit.intent.object_id)
@@ -174,20 +198,30 @@ class Attach:
 
     async def _copy(self, vm_id: str, request: AttachRequest, chunks: AsyncIterator[bytes], stream: ByteStream) -> None:
         async def type_in() -> None:
-            try:
-                while data := await stream.receive_some(CHUNK_SIZE_BYTES):
-                    if request.kind == "console":
-                        await self._reads.vmm.write_console(vm_id, data)
-            except FormationError as exc:
-                log.debug("attach.ended", vm_id=vm_id, reason=exc.message)
+            while data := await stream.receive_some(CHUNK_SIZE_BYTES):
+                if request.kind == "console":
+                    await self._reads.vmm.write_console(vm_id, data)
             # The asker went: stop following.
             nursery.cancel_scope.cancel()
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(type_in)
-            async for chunk in chunks:
-                await stream.send_all(chunk)
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(type_in)
+                async for chunk in chunks:
+                    await stream.send_all(chunk)
+                nursery.cancel_scope.cancel()
+        # The asker broke off, or the VM ended under its hands. A refusal now would be read as the guest's words.
+        except* FormationError as ended:
+            log.debug("attach.ended", vm_id=vm_id, reason=str(ended.exceptions[0]))
+
+
+def _parse_permit(raw: bytes) -> SignedIntent:
+    if len(raw) > PERMIT_SIZE_MAX_BYTES:
+        raise UsageError(f"a permit of {len(raw)} bytes, the limit is {PERMIT_SIZE_MAX_BYTES}", hint="its body must be empty")
+    try:
+        return parse_intent(raw)
+    except DecodeError as exc:
+        raise UsageError(f"not a permit: {exc.message}", hint="is the client older or newer than this node?") from exc
 
 
 async def _log(tail: bytes, follow: AsyncIterator[bytes] | None) -> AsyncIterator[bytes]:
@@ -223,9 +257,14 @@ async def _receive_exactly(stream: ByteStream, size_bytes: int) -> bytes:
     return bytes(data)
 
 
+def _printable(text: str) -> str:
+    """No control characters: this text of another node reaches terminals."""
+    return "".join(c if c.isprintable() else " " for c in text[:TEXT_LENGTH_MAX])
+
+
 async def _refuse(stream: ByteStream, error: FormationError) -> None:
     try:
         with trio.fail_after(ANSWER_TIMEOUT_S):
-            await _send_frame(stream, encode([error.code, error.message[:1000], error.hint[:1000]]))
+            await _send_frame(stream, encode([error.code, error.message[:TEXT_LENGTH_MAX], error.hint[:TEXT_LENGTH_MAX]]))
     except (FormationError, trio.TooSlowError):
         log.debug("attach.refusal_unsent", reason=error.message)

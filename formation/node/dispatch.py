@@ -12,8 +12,10 @@ desired with observed itself, so a lost or doubled event changes nothing, and th
 
 from __future__ import annotations
 
+import structlog
 import trio
 
+from formation.core.errors import FormationError
 from formation.core.event import ImageDropped, ImageHeld, RecordKind
 from formation.core.ids import NodeId, VmId
 from formation.node.health import GRACE_S
@@ -23,6 +25,12 @@ from formation.vmm.service import VmmService
 
 # What the owner or a claim changed; a status is the holder's own word and wakes nobody.
 _WAKING_VERBS = frozenset({"vm.requested", "vm.desired", "vm.deleted", "vm.claimed"})
+
+
+# What could not be told is tried again: images change seldom, and pulls find other holders meanwhile.
+RETRY_S = 10.0
+
+log = structlog.get_logger(__name__)
 
 
 class Dispatch:
@@ -46,7 +54,8 @@ class Dispatch:
                 if isinstance(item, Gap):
                     # What was missed may concern any VM.
                     await self._look_at_all(only_unplaced=False)
-                elif item.level is Level.CERTIFIED:
+                # A void change changes nothing, and its words are whatever a peer wrote.
+                elif item.level is Level.CERTIFIED and not item.void:
                     await self._on_certified(item)
 
     def on_peer(self, _node_id: NodeId, _is_up: bool) -> None:
@@ -81,10 +90,22 @@ class Dispatch:
         while True:
             await self._images_changed.wait()
             self._images_changed = trio.Event()
-            here = set(self._pack.images())
-            for image in self._state.view.images():
-                is_listed = self._node_id in image.holders
-                if image.digest in here and not is_listed:
-                    await self._state.append_event(ImageHeld(), image.digest)
-                elif is_listed and image.digest not in here:
-                    await self._state.append_event(ImageDropped(), image.digest)
+            try:
+                await self._compare_images()
+            except FormationError as exc:
+                # Without a quorum for long, so many writes wait that no more are taken; the node must not end for that.
+                log.warning("dispatch.images_untold", reason=exc.message)
+                self._images_changed.set()
+                await trio.sleep(RETRY_S)
+
+    async def _compare_images(self) -> None:
+        if not self._state.status().is_voter:
+            # Who only reads tells nothing: peers pull from those that do.
+            return
+        here = set(self._pack.images())
+        for image in self._state.view.images():
+            is_listed = self._node_id in image.holders
+            if image.digest in here and not is_listed:
+                await self._state.append_event(ImageHeld(), image.digest)
+            elif is_listed and image.digest not in here:
+                await self._state.append_event(ImageDropped(), image.digest)

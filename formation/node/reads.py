@@ -72,7 +72,7 @@ class Reads:
                 "evidence_count": state.evidence_count,
                 "is_level": state.is_level,
                 "voters": [
-                    {"name": v.name, "node_id": v.node_id, "online": v.is_online, "lag_s": v.last_ack_age_s}
+                    {"name": v.name, "node_id": v.node_id, "online": v.is_online, "last_ack_age_s": v.last_ack_age_s}
                     for v in state.voters
                 ],
             },
@@ -156,6 +156,7 @@ class Reads:
         """An image as the API shows it."""
         shown: dict[str, Any] = msgspec.to_builtins(record)
         shown["nodes"] = [self.node_name(holder) for holder in record.holders]
+        shown["built_on"] = self.node_name(record.built_by)
         return shown
 
     def find_vm(self, wanted: str) -> VmRecord:

@@ -10,12 +10,16 @@ on: a node's end is not its VMs' end. A second signal ends the process at once; 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import os
+import re
 import secrets
 import signal
-from collections.abc import Callable
+import socket
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,14 +27,16 @@ import structlog
 import trio
 from hypercorn.config import Config
 from hypercorn.trio import serve
+from starlette.applications import Starlette
 
 from formation import __version__
-from formation.core.errors import ConflictError, HostError
+from formation.core.errors import ConflictError, HostError, UsageError
 from formation.core.event import NodeAdvertised
 from formation.node.api import ApiParts, TokenGuard, make_api
 from formation.node.identity import prepare_data_dir
 from formation.node.settings import NodeSettings, split_host_port
 from formation.node.wiring import Node, build_node
+from formation.p2p.transport import TaskStatus
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +45,10 @@ API_DRAIN_S = 1.0
 # Owner may read and write, nobody else: the socket's mode is the API's access rule.
 _SOCKET_UMASK = 0o177
 _TOKEN_FILE_NAME = "api.token"
+_END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A person may write their own token; one of fewer characters can be guessed.
+TOKEN_SIZE_MIN = 16
+_TOKEN_FORM = re.compile(rf"[!-~]{{{TOKEN_SIZE_MIN},256}}")
 # A tight young generation costs a third of the state layer's throughput (measured on its core: 52-68k against
 # 70-78k operations a second); long-lived records are frozen out of the collector after start.
 _GC_THRESHOLD = 20_000
@@ -64,7 +74,6 @@ async def run_node(settings: NodeSettings, *, on_ready: Callable[[Node], None] |
                     if on_ready is not None:
                         on_ready(node)
             finally:
-                settings.api_socket.unlink(missing_ok=True)
                 log.info("node.stopped", name=settings.name)
 
 
@@ -82,6 +91,9 @@ async def _start_rooms(rooms: trio.Nursery, node: Node) -> None:
 async def _advertise(node: Node, addresses: tuple[str, ...]) -> None:
     """Tell the network what this node is, if that changed since the last time."""
     settings = node.settings
+    if not node.state.status().is_voter:
+        log.info("node.observes", reason="it is not in the manifest, so it reads and tells nothing")
+        return
     event = NodeAdvertised(
         name=settings.name,
         addresses=addresses,
@@ -97,20 +109,92 @@ async def _advertise(node: Node, addresses: tuple[str, ...]) -> None:
 
 async def _start_api(rooms: trio.Nursery, node: Node) -> None:
     app = make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach))
-    socket = node.settings.api_socket
-    try:
-        socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        socket.unlink(missing_ok=True)
-        await rooms.start(partial(serve, app, _http_config(f"unix:{socket}"), mode="asgi"))
-        if node.settings.api_tcp:
-            host, port = split_host_port(node.settings.api_tcp)
-            guarded = TokenGuard(app, token=_api_token(node.settings.data_dir))
+    path = node.settings.api_socket
+    with _listen_errors(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        remove_stale_socket(path)
+        await rooms.start(partial(_serve_socket, app, path))
+    if node.settings.api_tcp:
+        host, port = split_host_port(node.settings.api_tcp)
+        guarded = TokenGuard(app, token=api_token(node.settings.data_dir))
+        with _listen_errors(node.settings.api_tcp):
             await rooms.start(partial(serve, guarded, _http_config(f"{host}:{port}"), mode="asgi"))
+
+
+@contextlib.contextmanager
+def _listen_errors(where: str) -> Iterator[None]:
+    """Say where the API cannot listen; the server's own nurseries wrap the kernel's word in groups."""
+    hint = "choose another with --api-socket or --api-tcp"
+    try:
+        yield
     except OSError as exc:
-        where = node.settings.api_tcp or socket
-        raise HostError(
-            f"the API cannot listen on {where}: {exc.strerror or exc}", hint="choose another with --api-socket or --api-tcp"
-        ) from exc
+        raise HostError(f"the API cannot listen on {where}: {exc.strerror or exc}", hint=hint) from exc
+    except BaseExceptionGroup as group:
+        refused, other = group.split(OSError)
+        if refused is None or other is not None:
+            raise
+        first = next(_leaves(refused))
+        raise HostError(f"the API cannot listen on {where}: {first.strerror or first}", hint=hint) from group
+
+
+def _leaves(group: BaseExceptionGroup[OSError]) -> Iterator[OSError]:
+    for exc in group.exceptions:
+        if isinstance(exc, BaseExceptionGroup):
+            yield from _leaves(exc)
+        else:
+            yield exc
+
+
+async def _serve_socket(app: Starlette, path: Path, *, task_status: TaskStatus[Sequence[str]]) -> None:
+    """Serve on a unix socket, and remove it at the end if it is still ours."""
+    identity: tuple[int, int] | None = None
+
+    class _Started:
+        def started(self, value: Sequence[str]) -> None:
+            nonlocal identity
+            identity = _identity(path)
+            task_status.started(value)
+
+    try:
+        await serve(app, _http_config(f"unix:{path}"), mode="asgi", task_status=_Started())
+    finally:
+        _remove_own(path, identity)
+
+
+def remove_stale_socket(path: Path) -> None:
+    """Make way for our socket: remove one that nobody listens on any more.
+
+    Raises:
+      ConflictError: somebody listens there, or it is no socket; it is left alone.
+      OSError: it cannot be looked at or removed.
+    """
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConflictError(f"{path} is there and is no socket", hint="move it away, or choose another with --api-socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            # Not blocking: a listener that is too busy to take us listens all the same.
+            probe.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                probe.connect(str(path))
+        raise ConflictError(f"another node listens at {path}", hint="choose another with --api-socket")
+    except FileNotFoundError:
+        return
+    except ConnectionRefusedError:
+        # Its process was killed.
+        path.unlink(missing_ok=True)
+
+
+def _remove_own(path: Path, identity: tuple[int, int] | None) -> None:
+    if identity is not None and _identity(path) == identity:
+        path.unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _http_config(bind: str) -> Config:
@@ -124,27 +208,56 @@ def _http_config(bind: str) -> Config:
     return config
 
 
-def _api_token(data_dir: Path) -> str:
+def api_token(data_dir: Path) -> str:
+    """The token in the node's directory; a new one if there is none.
+
+    Raises:
+      UsageError: the file holds no token that could guard anything; a damaged one is not replaced behind its users' backs.
+      HostError: it cannot be read or written.
+    """
     path = data_dir / _TOKEN_FILE_NAME
     try:
-        return path.read_text().strip()
+        token = path.read_bytes().decode("ascii", "replace").strip()
+        if not _TOKEN_FORM.fullmatch(token):
+            raise UsageError(
+                f"{path} holds no API token",
+                hint=f"remove it, and the node makes a new one; {TOKEN_SIZE_MIN} characters at least",
+            )
+        return token
     except FileNotFoundError:
         token = secrets.token_urlsafe(32)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    except OSError as exc:
+        raise HostError(f"cannot read {path}: {exc.strerror}", hint="check its owner and mode") from exc
+    # By rename: a crash or a full disk must not leave half a token, or an empty one that anybody has.
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(token + "\n")
-        return token
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as exc:
+        temporary.unlink(missing_ok=True)
+        raise HostError(f"cannot write {path}: {exc.strerror}", hint="is the node's disk full?") from exc
+    return token
 
 
 async def _end_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            if scope.cancel_called:
-                os._exit(128 + number)
-            log.info("node.draining", signal=signal.Signals(number).name)
-            # A room that does not end in time must not keep an operator waiting; SIGALRM needs no event loop.
-            signal.signal(signal.SIGALRM, _drain_overdue)
-            signal.setitimer(signal.ITIMER_REAL, DRAIN_DEADLINE_S)
-            scope.cancel()
+    with trio.open_signal_receiver(*_END_SIGNALS) as signals:
+        number = await anext(aiter(signals))
+    log.info("node.draining", signal=signal.Signals(number).name)
+    # Plain handlers: they need no event loop, which a room may hold up.
+    for each in _END_SIGNALS:
+        signal.signal(each, _end_now)
+    # A room that does not end in time must not keep an operator waiting.
+    signal.signal(signal.SIGALRM, _drain_overdue)
+    signal.setitimer(signal.ITIMER_REAL, DRAIN_DEADLINE_S)
+    scope.cancel()
+
+
+def _end_now(number: int, _frame: object) -> None:
+    os._exit(128 + number)
 
 
 def _drain_overdue(_signal: int, _frame: object) -> None:

@@ -184,7 +184,12 @@ class PartialBlob:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:
+            # Closing writes what `append` left in the buffer. A full disk was told by then, or is told by the next append;
+            # what is missing here is fetched again.
+            pass
 
     def append(self, data: bytes) -> None:
         """Add the next bytes.

@@ -11,10 +11,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
+import structlog
 import trio
 
 from formation.core.errors import UnavailableError
 from formation.core.units import KIB, MIB
+
+_logger = structlog.get_logger(__name__)
 
 # Two of these are kept: at least the last 1 MiB, at most 2 MiB of each VM.
 LOG_SEGMENT_SIZE_MAX_BYTES = 1 * MIB
@@ -168,13 +171,24 @@ class Console:
         # Output is logged and handed out as one act, so that a follower's backlog and stream neither overlap nor gap.
         self._lock = trio.Lock()
         self._is_closed = False
+        self._unkept_bytes = 0
 
     async def feed(self, data: bytes) -> None:
-        """The guest printed this."""
+        """The guest printed this. A full disk costs the log, not the console, nor the guest that waits for its line."""
         async with self._lock:
-            await trio.to_thread.run_sync(self._log.append, data)
+            await self._keep(data)
             for follower in self._followers:
                 follower.push_nowait(data)
+
+    async def _keep(self, data: bytes) -> None:
+        notice = b"\r\n[%d bytes of console output were not kept]\r\n" % self._unkept_bytes if self._unkept_bytes else b""
+        try:
+            await trio.to_thread.run_sync(self._log.append, notice + data)
+            self._unkept_bytes = 0
+        except OSError as exc:
+            if not self._unkept_bytes:
+                _logger.warning("vm.console_not_kept", error=exc.strerror)
+            self._unkept_bytes += len(data)
 
     async def follow(self, *, tail_lines: int) -> ConsoleStream:
         """A stream that begins with the last lines of the log.

@@ -21,12 +21,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from formation.core.errors import HostError
 from formation.core.ids import is_vm_id
 from formation.core.units import GIB
 from formation.vmm.devices import AGENT_SOCKET, DISK_FILE, INITRD_FILE, QMP_SOCKET, SERIAL_SOCKET
 from formation.vmm.process import ProcessIdentity
+
+log = structlog.get_logger(__name__)
 
 SPEC_FILE = "spec.json"
 STATE_FILE = "state.json"
@@ -139,13 +142,20 @@ class VmFolder:
         """The record of the process; None if there is none or it is damaged (then nothing can be said of a process)."""
         try:
             return msgspec.json.decode((self.path / STATE_FILE).read_bytes(), type=VmState)
-        except (FileNotFoundError, msgspec.MsgspecError):
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError) as exc:
+            log.error("vm.record_unreadable", vm_id=self.vm_id, error=str(exc))
             return None
 
     def drop_runtime(self) -> None:
         """Remove what exists only while the process does."""
         for name in RUNTIME_FILES:
-            (self.path / name).unlink(missing_ok=True)
+            try:
+                (self.path / name).unlink(missing_ok=True)
+            except IsADirectoryError:
+                # Not ours to have made; but it stands where a file of ours must be.
+                shutil.rmtree(self.path / name)
 
     def drop_attempt(self, *, made_disk: bool, made_folder: bool) -> None:
         """Undo an attempt to boot."""

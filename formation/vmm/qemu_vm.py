@@ -36,6 +36,12 @@ AGENT_LINE_SIZE_MAX_BYTES = 4 * 1024
 # Lines of the console in which a kernel's panic is looked for.
 PANIC_TAIL_LINES = 40
 
+# A guest whose disk could not grow waits; it is let go on this often, and waits again if there is still no space.
+DISK_RETRY_S = 5.0
+DISK_FULL_NOTICE = b"\r\n[formation: the node's disk is full, this machine waits for space]\r\n"
+
+_WAITING_STATUSES = frozenset({"prelaunch", "paused", "io-error"})
+
 # QEMU's words for a published port that cannot be bound.
 _PORT_LOST_TEXT = "Could not set up host forwarding rule"
 
@@ -69,6 +75,7 @@ class QemuVm:
         self._failure = ""
         self._settled = trio.Event()
         self._exited = trio.Event()
+        self._disk_full = trio.Event()
         if self.boot_ms is not None:
             self._settled.set()
 
@@ -152,7 +159,7 @@ class QemuVm:
           HostError: refused.
         """
         status = await self._open.qmp.execute("query-status")
-        if isinstance(status, dict) and status.get("status") in ("prelaunch", "paused"):
+        if isinstance(status, dict) and status.get("status") in _WAITING_STATUSES:
             await self._open.qmp.execute("cont")
 
     async def ask_agent(self) -> None:
@@ -180,6 +187,7 @@ class QemuVm:
         nursery.start_soon(qmp.read_all)
         nursery.start_soon(self._read_serial, streams[1])
         nursery.start_soon(self._read_agent, streams[2])
+        nursery.start_soon(self._wait_for_space)
         await qmp.execute("qmp_capabilities")
 
     async def _start_error(self, error: HostError) -> HostError:
@@ -204,9 +212,14 @@ class QemuVm:
             self._connections.agent.socket.close()
         if self._is_dead():
             status = self._process.exit_status()
+            tail = b""
             with trio.CancelScope(shield=True):
-                tail = await trio.to_thread.run_sync(FileLog(self._folder.path).read_tail, PANIC_TAIL_LINES)
-                await trio.to_thread.run_sync(self._folder.drop_runtime)
+                try:
+                    tail = await trio.to_thread.run_sync(FileLog(self._folder.path).read_tail, PANIC_TAIL_LINES)
+                    await trio.to_thread.run_sync(self._folder.drop_runtime)
+                except OSError as exc:
+                    # One VM's folder must not end the node; what stays is cleared at the next boot or removal.
+                    log.warning("vm.folder_failed", vm_id=self.vm_id, error=exc.strerror)
             self._exit_reason = describe_exit(
                 shutdown_reason=self._shutdown_reason, status=status, stderr=self._stderr, console_tail=tail
             )
@@ -220,6 +233,27 @@ class QemuVm:
         log.debug("qmp.event", vm_id=self.vm_id, name=event.name)
         if event.name == "SHUTDOWN":
             self._shutdown_reason = str(event.data.get("reason", ""))[:40]
+        elif event.name == "BLOCK_IO_ERROR" and event.data.get("action") == "stop":
+            # QEMU's default (werror=enospc): the guest sees no error and loses nothing, and stands still.
+            self._disk_full.set()
+
+    async def _wait_for_space(self) -> None:
+        """Let a guest that waits for disk space go on, again and again."""
+        while True:
+            await self._disk_full.wait()
+            log.warning("vm.waits_for_space", vm_id=self.vm_id)
+            await self.console.feed(DISK_FULL_NOTICE)
+            while self._disk_full.is_set():
+                self._disk_full = trio.Event()
+                await trio.sleep(DISK_RETRY_S)
+                try:
+                    await self.let_run()
+                except HostError as exc:
+                    log.warning("vm.not_resumed", vm_id=self.vm_id, error=exc.message)
+                    self._disk_full.set()
+                # A write that fails again does so within this time, and is no news.
+                await trio.sleep(DISK_RETRY_S)
+            log.info("vm.has_space_again", vm_id=self.vm_id)
 
     async def _read_stderr(self, stream: trio.lowlevel.FdStream) -> None:
         async with stream:
@@ -233,9 +267,8 @@ class QemuVm:
             while data := await stream.receive_some(CHUNK_SIZE_MAX_BYTES):
                 await self.console.feed(bytes(data))
                 await trio.sleep(CHUNK_PAUSE_S)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as exc:
-            # A full disk costs the log, not the VM: QEMU drops what nobody reads.
-            log.warning("vm.console_ended", vm_id=self.vm_id, error=str(exc))
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            log.debug("vm.console_ended", vm_id=self.vm_id, error=str(exc))
 
     async def _read_agent(self, stream: trio.SocketStream) -> None:
         buffer = b""
@@ -263,7 +296,7 @@ class QemuVm:
                     log.warning("vm.state_not_written", vm_id=self.vm_id, error=exc.message)
                 self.boot_ms = boot_ms
                 self._settled.set()
-            case b"failed" if self.boot_ms is None:
+            case b"failed" if not self._settled.is_set():
                 self._failure = printable(rest) or "the guest says that it failed"
                 log.warning("vm.guest_failed", vm_id=self.vm_id, reason=self._failure)
                 self._settled.set()

@@ -185,7 +185,9 @@ class FakeNode:
                 "certified_count": 12,
                 "uncertified_count": 0,
                 "lanes": 4,
-                "voters": [{"name": f"n{i}", "node_id": f"x{i}", "online": i < 4, "lag_s": 0.2 * i} for i in range(1, 5)],
+                "voters": [
+                    {"name": f"n{i}", "node_id": f"x{i}", "online": i < 4, "last_ack_age_s": 0.2 * i} for i in range(1, 5)
+                ],
             },
             "peers": [
                 {"node_id": NODE_2, "name": "n2", "connected": True, "linked": True},

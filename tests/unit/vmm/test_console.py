@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,30 @@ async def test_streams_are_limited_and_end() -> None:
         await late.send_all(b"ls\n")
     assert await (await console.follow(tail_lines=1)).receive_some() == b"x"
     await late.send_eof()
+
+
+class FullLog(MemoryLog):
+    """A log on a disk that is full for a while."""
+
+    is_full = True
+
+    def append(self, data: bytes) -> None:
+        """Refuse while the disk is full."""
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        super().append(data)
+
+
+async def test_a_full_disk_costs_the_log_and_not_the_console() -> None:
+    """Readers go on, the guest is not held up, and when there is space again the log says what it lacks."""
+    log = FullLog()
+    console = Console(log, nowhere)
+    stream = await console.follow(tail_lines=0)
+    await console.feed(b"lost\n")
+    await console.feed(b"too\n")
+    assert await stream.receive_some() == b"lost\n"
+    assert await stream.receive_some() == b"too\n"
+    log.is_full = False
+    await console.feed(b"kept\n")
+    assert await stream.receive_some() == b"kept\n"
+    assert log.read_tail(10) == b"\r\n[9 bytes of console output were not kept]\r\nkept\n"
