@@ -253,6 +253,11 @@ def _mapped_errors(host: str) -> Iterator[None]:
         raise DeniedError(f"not allowed to use {host}", hint="run as the user who runs the node") from exc
     except TimeoutError as exc:
         raise UnavailableError(f"the node at {host} does not answer", hint="try again; see the node's log") from exc
+    except http.client.IncompleteRead as exc:
+        # The node ended, or what it passed on did: a VM's log or console from another node.
+        raise UnavailableError(
+            f"the answer of the node at {host} broke off", hint="formation status shows which nodes answer; then try again"
+        ) from exc
     except (OSError, http.client.HTTPException) as exc:
         raise UnavailableError(
             f"the connection to the node at {host} broke: {exc}", hint="is it running? formation status"

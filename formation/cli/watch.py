@@ -90,7 +90,8 @@ class Watch:
         if self.is_accepted:
             return ()
         self.is_accepted = True
-        self.waiting_for = _WAITING_FIRST[self.goal]
+        is_at_home = self.goal is Goal.RUNNING and self.is_placed
+        self.waiting_for = "its node to get the image and begin" if is_at_home else _WAITING_FIRST[self.goal]
         if self.goal is Goal.GONE and not self.is_placed:
             # What never had a place is gone with that alone.
             self.is_done = True

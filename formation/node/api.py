@@ -40,7 +40,7 @@ from formation.core.errors import (
     QuorumError,
     UsageError,
 )
-from formation.core.event import ImageBuilt, ImageHeld, VmRequested, event_fields, parse_event
+from formation.core.event import ImageBuilt, ImageHeld, VmDesired, VmRequested, event_fields, parse_event
 from formation.core.ids import TraceId, check_label, trace_id_of, vm_id_of
 from formation.core.intent import SignedIntent, check_intent, parse_intent
 from formation.core.spec import VmSpec, check_vm_spec
@@ -63,6 +63,8 @@ CERTIFY_TIMEOUT_S = 10.0
 # Progress lines wait here while a slow client reads; a full buffer makes the build wait, not memory grow.
 PROGRESS_BUFFER_COUNT = 256
 LOG_TAIL_LINES_MAX = 10_000
+# Beyond 63 bits the fold takes an operation for void.
+GENERATIONS = range(1 << 63)
 # Positions are SQLite's integers, below 2**63.
 COUNT_DIGITS_MAX = 18
 
@@ -78,6 +80,8 @@ _HTTP_STATUS = {
 }
 
 SendBytes = Callable[[bytes], Awaitable[None]]
+Application = Starlette
+"""What is served; the library's name is this file's business alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,7 @@ class ApiParts:
     attach: Attach
 
 
-def make_api(parts: ApiParts) -> Starlette:
+def make_api(parts: ApiParts) -> Application:
     """The application; the same for unix socket and TCP."""
     api = _Api(parts)
     return Starlette(
@@ -194,6 +198,8 @@ class _Api:
             event = parse_event(wish.intent.verb, wish.intent.body)
         except DecodeError as exc:
             raise UsageError(exc.message, hint="is the client older or newer than this node?") from exc
+        if isinstance(event, VmRequested | VmDesired) and event.generation not in GENERATIONS:
+            raise UsageError(f"generation: {event.generation} is out of range", hint="each start and stop raises it by one")
         if not isinstance(event, VmRequested):
             vm = (
                 self._state.view.vm(wish.intent.object_id, Level.CERTIFIED) if wish.intent.object_id.startswith("vm-") else None
@@ -218,6 +224,13 @@ class _Api:
             return
         status = self._state.status()
         online = sum(voter.is_online for voter in status.voters)
+        if online >= status.quorum_size:
+            # Voters hold what is ahead of their time until that time comes.
+            raise QuorumError(
+                f"written here, but not acknowledged by {status.quorum_size} voters within {CERTIFY_TIMEOUT_S:.0f} s, "
+                f"though {online} of {len(status.voters)} answer",
+                hint="is this machine's clock right, or are they overloaded? it takes effect by itself: formation status",
+            )
         raise QuorumError(
             f"written here, but only {online} of {len(status.voters)} voters answer and {status.quorum_size} are needed",
             hint="it takes effect by itself when a quorum is back: formation status",

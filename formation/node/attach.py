@@ -142,7 +142,13 @@ class Attach:
                 await console.aclose()
 
     async def _ask(self, holder: NodeId, request: AttachRequest) -> ByteStream:
-        stream = await self._p2p.open_stream(holder, PROTOCOL)
+        try:
+            stream = await self._p2p.open_stream(holder, PROTOCOL)
+        except UnavailableError as exc:
+            # By its name, and without the dialler's own words: people ask for a VM, not for an address.
+            log.info("attach.holder_unreachable", holder=holder, reason=exc.message)
+            name = self._reads.node_name(holder)
+            raise UnavailableError(f"node {name}, which holds it, cannot be reached", hint="formation status") from exc
         try:
             with trio.fail_after(ANSWER_TIMEOUT_S):
                 await _send_frame(stream, encode(request))

@@ -141,7 +141,8 @@ class Reads:
         phase, reason = record.status.phase, record.status.reason
         if record.placement is None:
             reason = self.vmm.pending_reason(record.vm_id) or reason
-        elif phase not in _ENDED:
+        elif phase not in _ENDED or record.status.generation < record.spec.generation:
+            # It is doing something, or should be: a wish that came after its last word waits for it.
             holder = NodeId(record.placement.node_id)
             silent_s = self.liveness.silent_s(holder)
             if silent_s > UNKNOWN_AFTER_S and not self.liveness.is_live(holder):

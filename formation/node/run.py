@@ -27,12 +27,11 @@ import structlog
 import trio
 from hypercorn.config import Config
 from hypercorn.trio import serve
-from starlette.applications import Starlette
 
 from formation import __version__
 from formation.core.errors import ConflictError, HostError, UsageError
 from formation.core.event import NodeAdvertised
-from formation.node.api import ApiParts, TokenGuard, make_api
+from formation.node.api import ApiParts, Application, TokenGuard, make_api
 from formation.node.identity import prepare_data_dir
 from formation.node.settings import NodeSettings, split_host_port
 from formation.node.wiring import Node, build_node
@@ -145,7 +144,7 @@ def _leaves(group: BaseExceptionGroup[OSError]) -> Iterator[OSError]:
             yield exc
 
 
-async def _serve_socket(app: Starlette, path: Path, *, task_status: TaskStatus[Sequence[str]]) -> None:
+async def _serve_socket(app: Application, path: Path, *, task_status: TaskStatus[Sequence[str]]) -> None:
     """Serve on a unix socket, and remove it at the end if it is still ours."""
     identity: tuple[int, int] | None = None
 

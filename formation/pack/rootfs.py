@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ import structlog
 
 from formation.core.codec import encode
 from formation.core.errors import HostError
+from formation.pack.blobs import digest_of_file
 from formation.pack.cpio import CpioEntry, character_device, directory, regular_file, symbolic_link, with_parents, write_cpio
 from formation.pack.plan import BASE_ETC_FILES
 from formation.pack.vmlinux import extract_vmlinux
@@ -38,6 +40,9 @@ KERNEL_PACKAGE = "linux-image-cloud-amd64"
 BUSYBOX_PACKAGE = "busybox-static"
 # Raised when the same packages shall give other bytes; the guest's init is part of the key by its content.
 BASE_VERSION = 1
+_BASE_FILES = ("vmlinux", "initramfs.cpio")
+# Their digests as they were made, a JSON object by file name.
+_SUMS_FILE = "sums.json"
 # In the order of loading; dependencies are found in the modules themselves.
 MODULES_FIRST = ("virtio_pci", "virtio_blk", "virtio_console", "virtio_net", "overlay")
 # What the service does not wait for.
@@ -92,7 +97,7 @@ def prepare_base(cache_dir: Path, *, report: Callable[[str], None]) -> BaseFiles
                 kernel_path=place / "vmlinux",
                 initramfs_path=place / "initramfs.cpio",
                 sources=tuple(p.name for p in packages),
-                cached=place.is_dir(),
+                cached=_is_whole(place),
             )
             if not base.cached:
                 report("unpacking kernel and busybox")
@@ -154,14 +159,34 @@ def _build_base(packages: tuple[Path, Path], place: Path) -> None:
         tree.mkdir()
         result.mkdir()
         for package in packages:
-            _run(["dpkg-deb", "-x", str(package), str(tree)], timeout_s=UNPACK_TIMEOUT_S)
+            try:
+                _run(["dpkg-deb", "-x", str(package), str(tree)], timeout_s=UNPACK_TIMEOUT_S)
+            except HostError as exc:
+                hint = f"is the disk full? else {package.name} is damaged: remove {package.parent}, it is downloaded anew"
+                raise HostError(exc.message, hint=hint) from exc
         vmlinuz = _only((tree / "boot").glob("vmlinuz-*"))
         if vmlinuz is None:
             raise HostError(f"{packages[0].name} holds no kernel", hint="clear the cache directory, then try again")
         _write(result / "vmlinux", extract_vmlinux(vmlinuz.read_bytes()))
         _write(result / "initramfs.cpio", write_cpio(with_parents(_base_entries(tree))))
+        sums = {path.name: digest_of_file(path) for path in sorted(result.iterdir())}
+        _write(result / _SUMS_FILE, json.dumps(sums).encode())
+        # A damaged one; whoever has its files linked or open keeps them.
+        shutil.rmtree(place, ignore_errors=True)
         os.replace(result, place)
     log.info("base.built", place=str(place))
+
+
+def _is_whole(place: Path) -> bool:
+    """Whether a base is there as it was made. Read each time: every image after a damaged byte would carry it on."""
+    try:
+        sums = json.loads((place / _SUMS_FILE).read_bytes())
+        return set(sums) == set(_BASE_FILES) and all(digest_of_file(place / name) == sums[name] for name in _BASE_FILES)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, TypeError) as exc:
+        log.warning("base.unreadable", place=str(place), error=str(exc))
+        return False
 
 
 def _base_key(packages: tuple[Path, Path]) -> str:

@@ -190,8 +190,8 @@ class PackService:
             base = await self._prepare_base(progress)
             digests = [await self._digest_of_file(p) for p in (base.kernel_path, base.initramfs_path)]
             built_from = await trio.to_thread.run_sync(lambda: plan_digest(plan, files, base_digests=digests))
-            for digest, manifest in self._images.held.items():
-                if manifest.built_from == built_from:
+            for digest, manifest in tuple(self._images.held.items()):
+                if manifest.built_from == built_from and await self._is_undamaged(digest, manifest):
                     progress(BuildProgress(step="store", text=f"{digest[:19]} is here already"))
                     return BuiltImage(digest=digest, manifest=manifest, size_bytes=manifest.size_bytes, cached=True)
             layer = await trio.to_thread.run_sync(build_layer, plan, files)
@@ -200,6 +200,15 @@ class PackService:
             self._images.add(digest, manifest)
             progress(BuildProgress(step="store", text=f"{digest[:19]}, {format_size(manifest.size_bytes)}"))
             return BuiltImage(digest=digest, manifest=manifest, size_bytes=manifest.size_bytes, cached=False)
+
+    async def _is_undamaged(self, digest: Digest, manifest: ImageManifest) -> bool:
+        """Whether a held image is still what it was; else it is forgotten, and building it anew repairs it."""
+        sizes = {digest: len(manifest_bytes(manifest))} | {Digest(blob.digest): blob.size_bytes for blob in manifest.blobs}
+        for name, size_bytes in sizes.items():
+            if not await trio.to_thread.run_sync(partial(self._store.check_blob, name, size_bytes=size_bytes)):
+                self._images.forget(digest)
+                return False
+        return True
 
     async def _prepare_base(self, progress: Callable[[BuildProgress], None]) -> BaseFiles:
         def report(text: str) -> None:
@@ -213,7 +222,7 @@ class PackService:
         return base
 
     async def _digest_of_file(self, path: Path) -> Digest:
-        """Of a file in the cache, whose folder is named by its content: hashed once per process."""
+        """Of a file in the cache that `prepare_base` has just checked: named by what it is made from, it is always the same."""
         if path not in self._file_digests:
             self._file_digests[path] = await trio.to_thread.run_sync(digest_of_file, path)
         return self._file_digests[path]

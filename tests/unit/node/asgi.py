@@ -46,7 +46,15 @@ class Call:
     """One request under way."""
 
     def __init__(
-        self, app: ASGIApp, method: str, path: str, *, query: str, headers: Iterable[tuple[bytes, bytes]], chunks: list[bytes]
+        self,
+        app: ASGIApp,
+        method: str,
+        path: str,
+        *,
+        query: str,
+        headers: Iterable[tuple[bytes, bytes]],
+        chunks: list[bytes],
+        cut: bool = False,
     ) -> None:
         self.answer = Answer()
         self.is_done = trio.Event()
@@ -66,6 +74,7 @@ class Call:
             "server": None,
         }
         self._chunks = chunks
+        self._is_cut = cut
         self._gone = trio.Event()
         self._started = trio.Event()
         self._pieces_in, self._pieces = trio.open_memory_channel[bytes](10_000)
@@ -73,7 +82,7 @@ class Call:
     async def run(self) -> None:
         try:
             await self._app(self._scope, self._receive, self._send)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - stands for the server, which survives all
             self.answer.raised = exc
         finally:
             self._pieces_in.close()
@@ -111,7 +120,7 @@ class Call:
         await trio.lowlevel.checkpoint()
         if self._chunks:
             chunk = self._chunks.pop(0)
-            return {"type": "http.request", "body": chunk, "more_body": bool(self._chunks)}
+            return {"type": "http.request", "body": chunk, "more_body": bool(self._chunks) or self._is_cut}
         await self._gone.wait()
         return {"type": "http.disconnect"}
 
@@ -165,15 +174,18 @@ class Client:
         query: str = "",
         *,
         chunks: list[bytes] | None = None,
+        cut: bool = False,
         headers: Mapping[str, str] | None = None,
     ) -> AsyncIterator[Call]:
-        """A request that is read piece by piece; the client goes at the end, and the application must end then, too."""
-        call = Call(
-            self._app, method, path, query=query, headers=_raw(headers or {}), chunks=[b""] if chunks is None else chunks
-        )
+        """A request that is read piece by piece; the client goes at the end, and the application must end then, too.
+
+        Args:
+          cut: the body does not end with the last chunk; more would come.
+        """
+        chunks = [b""] if chunks is None else chunks
+        call = Call(self._app, method, path, query=query, headers=_raw(headers or {}), chunks=chunks, cut=cut)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(call.run)
-            await call.started()
             yield call
             call.leave()
             with trio.fail_after(ANSWER_TIMEOUT_S):

@@ -47,10 +47,13 @@ NO_IMAGE = "sha256:" + "0" * 64
 
 
 class TrioClock:
-    """Wall time that follows trio's (mocked) clock."""
+    """Wall time that follows trio's (mocked) clock; some seconds ahead, where that is wanted."""
+
+    def __init__(self, ahead_s: float = 0.0) -> None:
+        self._ahead_s = ahead_s
 
     def now_ns(self) -> int:
-        return START_MS * NS_PER_MS + int(trio.current_time() * 1e9)
+        return START_MS * NS_PER_MS + int((trio.current_time() + self._ahead_s) * 1e9)
 
 
 def now_ms() -> int:
@@ -72,6 +75,8 @@ class Nodes:
         self.network = LoopbackNetwork(7)
         self.disks = [MemoryDisk() for _ in self.keys]
         self.worlds = [TwinWorld() for _ in self.keys]
+        self.ahead_s = dict.fromkeys(range(len(self.keys)), 0.0)
+        """How wrong each node's clock is."""
         self.running: dict[int, Node] = {}
         self._hosts = hosts
         self._scopes: dict[int, trio.CancelScope] = {}
@@ -96,7 +101,7 @@ class Nodes:
         await self._ended[index].wait()
 
     def make(self, index: int) -> Node:
-        key, clock, folder = self.keys[index], TrioClock(), self.folder / f"n{index}"
+        key, clock, folder = self.keys[index], TrioClock(self.ahead_s[index]), self.folder / f"n{index}"
         folder.mkdir(exist_ok=True)
         settings = _settings(f"n{index}", folder)
         known = {k.node_id: (f"/memory/{k.node_id}",) for k in self.keys if k is not key}

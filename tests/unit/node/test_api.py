@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import structlog
+import structlog.testing
 import trio
+import trio.testing
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
@@ -66,8 +67,8 @@ class BrokenBuild:
 def client_with(nodes: Nodes, *, vmm: Any = None, pack: Any = None) -> Client:
     """A client of a node of which a part was exchanged."""
     node = nodes[0]
-    reads = node.reads if vmm is None else dataclasses.replace(node.reads, vmm=cast(VmmService, vmm))
-    return Client(make_api(ApiParts(reads=reads, pack=cast(PackService, pack or node.pack), attach=node.attach)))
+    reads = node.reads if vmm is None else dataclasses.replace(node.reads, vmm=cast("VmmService", vmm))
+    return Client(make_api(ApiParts(reads=reads, pack=cast("PackService", pack or node.pack), attach=node.attach)))
 
 
 # --- reads -----------------------------------------------------------------------------------------------------------
@@ -251,6 +252,11 @@ Wish = Callable[[Nodes, str], SignedIntent]
         (lambda nodes, image: nodes.wish(requested(image, vcpus=0)), (400, "usage")),
         (lambda nodes, image: nodes.wish(requested(image, vcpus=2**64 - 1)), (400, "usage")),
         (lambda nodes, image: nodes.wish(requested(image, memory_mib=1)), (400, "usage")),
+        (lambda nodes, image: nodes.wish(requested(image, generation=1 << 63)), (400, "usage")),
+        (
+            lambda nodes, image: nodes.wish(VmDesired(desired=Desired.STOPPED, generation=-1), "vm-aaaaaaaaaaaaaaaa"),
+            (400, "usage"),
+        ),
         (lambda nodes, image: nodes.wish(requested(image, disk_gib=-1)), (400, "usage")),
         (lambda nodes, image: nodes.wish(requested(image, env={"A=": "b"})), (400, "usage")),
         (
@@ -313,11 +319,10 @@ async def test_an_observer_carries_no_wishes(tmp_path: Path, jumping_clock: Cloc
 
 async def test_a_client_that_leaves_in_the_middle_is_nobodys_fault(tmp_path: Path, jumping_clock: Clock) -> None:
     """Nothing is raised, so nothing is logged as a failure."""
-    async with running(tmp_path) as nodes, trio.open_nursery() as nursery:
-        async with nodes.client().open("POST", "/v1/intents", chunks=[b"half", b"x"]) as call:
-            pass
+    async with running(tmp_path) as nodes:
+        async with nodes.client().open("POST", "/v1/intents", chunks=[b"half"], cut=True) as call:
+            await trio.testing.wait_all_tasks_blocked()
         assert call.answer.raised is None
-        nursery.cancel_scope.cancel()
 
 
 async def test_without_a_quorum_a_wish_waits_and_that_is_told(tmp_path: Path, jumping_clock: Clock) -> None:
@@ -426,13 +431,27 @@ async def test_a_build_without_a_quorum_says_so(tmp_path: Path, jumping_clock: C
         assert answer.lines()[-1]["error"]["code"] == "quorum"
 
 
+async def test_a_wrong_clock_is_not_taken_for_silent_voters(tmp_path: Path, jumping_clock: Clock) -> None:
+    """All answer, and hold back what is ahead of their time."""
+    async with trio.open_nursery() as nursery:
+        nodes = Nodes(tmp_path, voters=4)
+        nodes.ahead_s[0] = 3600.0
+        await nodes.start(nursery, 0, 1, 2, 3)
+        await eventually(lambda: nodes[0].state.status().has_quorum)
+        error = (await nodes.client().post("/v1/images/build", context())).lines()[-1]["error"]
+        assert error["code"] == "quorum"
+        assert "though 4 of 4 answer" in error["message"]
+        assert "clock" in error["hint"]
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_client_that_leaves_during_the_upload_ends_the_build(tmp_path: Path, jumping_clock: Clock) -> None:
     """Half a context is no context, and none of it stays."""
     async with running(tmp_path) as nodes:
-        half = [context()[:700], b""]
-
-        async with nodes.client().open("POST", "/v1/images/build", chunks=[*half, b""][:2] + [b"x"]) as call:
-            call.leave()
+        async with nodes.client().open("POST", "/v1/images/build", chunks=[context()[:700]], cut=True) as call:
+            await call.started()
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert len(list((tmp_path / "n0").glob("context-*"))) == 1
         assert call.answer.raised is None
         assert not nodes[0].pack.images()
         assert not list((tmp_path / "n0").glob("context-*"))
@@ -469,11 +488,12 @@ async def test_events_so_far_and_no_further(tmp_path: Path, jumping_clock: Clock
         assert resumed == told[5:]
         assert events((await client.get("/v1/events", "follow=0", last_event_id=str(told[4][0]))).body) == told[5:]
         trace = nodes[0].state.view.vms()[0].trace_id
-        for query, passes in (
+        filters: tuple[tuple[str, Callable[[dict[str, Any]], bool]], ...] = (
             ("topic=image", lambda data: data["topic"] == "image"),
             (f"trace={trace}", lambda data: data["trace_id"] == trace),
             (f"object={vm_id}&topic=net", lambda data: data["object_id"] == vm_id and data["topic"] == "net"),
-        ):
+        )
+        for query, passes in filters:
             wanted = [event for event in told if passes(event[2])]
             assert wanted
             assert events((await client.get("/v1/events", f"since=0&follow=0&{query}")).body) == wanted
@@ -491,6 +511,7 @@ async def test_events_are_followed_from_the_moment_of_asking(tmp_path: Path, jum
     async with running(tmp_path) as nodes:
         await nodes.boot()
         async with nodes.client().open("GET", "/v1/events") as call:
+            await call.started()
             await nodes[0].state.append_event(_advertised("other"), nodes[0].key.node_id)
             first = await call.until(b"\n\n")
             assert b"event: node.advertised" in first
@@ -506,7 +527,7 @@ async def test_a_quiet_stream_is_kept_alive_and_ends_with_its_client(tmp_path: P
             assert await call.piece() == KEEP_ALIVE
             assert trio.current_time() - began == pytest.approx(2 * KEEP_ALIVE_S, abs=1)
         async with nodes.client().open("HEAD", "/v1/events") as call:
-            pass
+            await call.started()
         assert call.is_done.is_set()
 
 
@@ -516,7 +537,7 @@ async def test_a_client_that_missed_changes_is_told_how_many(tmp_path: Path, jum
         await nodes.boot()
         state, newest = nodes[0].state, nodes[0].state.status().position
         small = Feed(count_max=3)
-        small.publish([item for item in state._feed.read(0, count_max=10_000) if not hasattr(item, "missed_count")])  # type: ignore[misc]
+        small.publish([item for item in state._feed.read(0, count_max=10_000) if not hasattr(item, "missed_count")])
         state._feed = small
         told = events((await nodes.client().get("/v1/events", "since=0&follow=0")).body)
         assert told[0] == (newest - 3, "gap", {"missed": newest - 3, "position": newest - 3})

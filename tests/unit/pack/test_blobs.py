@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,19 @@ def test_what_a_crash_left_is_removed(tmp_path: Path) -> None:
     make_store(tmp_path)
     assert not (tmp_path / "new" / "half").exists()
     assert (tmp_path / "partial" / "aa").exists()
+
+
+def test_a_download_on_a_full_disk_tells_so_and_closes(tmp_path: Path) -> None:
+    """The disk's error is the one that is told: closing, which tries to write the rest again, adds none."""
+    store = make_store(tmp_path)
+    data = b"x" * 100_000
+    with store.open_partial(digest_of(data), size_bytes=len(data)) as partial:
+        # From now on this file's writes fail as on a full disk (full(4)).
+        full = os.open("/dev/full", os.O_RDWR)
+        os.dup2(full, partial._file.fileno())
+        os.close(full)
+        partial.append(data[:10])
+        with pytest.raises(HostError, match="No space left"):
+            partial.append(data[10:])
+    with store.open_partial(digest_of(data), size_bytes=len(data)) as partial:
+        assert partial.offset == 0

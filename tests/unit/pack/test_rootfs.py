@@ -114,6 +114,22 @@ def test_packages_are_downloaded_once(tmp_path: Path, tools: Path) -> None:
     assert entries["init"].data.startswith(b"#!/base/bin/busybox sh\n")
 
 
+@pytest.mark.parametrize("name", ["vmlinux", "initramfs.cpio", "sums.json"])
+@pytest.mark.parametrize("data", [None, b"", b"\xff[1]"])
+def test_a_damaged_base_is_made_anew(tmp_path: Path, tools: Path, name: str, data: bytes | None) -> None:
+    """A byte that flipped in the cache must not be carried on by every image that is built from then on."""
+    first = prepare_base(tmp_path / "cache", report=lambda _: None)
+    kernel, initramfs = first.kernel_path.read_bytes(), first.initramfs_path.read_bytes()
+    path = first.kernel_path.parent / name
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    again = prepare_base(tmp_path / "cache", report=lambda _: None)
+    assert not again.cached
+    assert (again.kernel_path.read_bytes(), again.initramfs_path.read_bytes()) == (kernel, initramfs)
+    assert prepare_base(tmp_path / "cache", report=lambda _: None).cached
+
+
 def test_another_folder_gives_the_same_bytes(tmp_path: Path, tools: Path) -> None:
     """The base depends on the packages only."""
     one, two = (prepare_base(tmp_path / name, report=lambda _: None) for name in ("a", "b"))

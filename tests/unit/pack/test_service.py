@@ -160,6 +160,24 @@ async def test_a_damaged_blob_is_pulled_again(tmp_path: Path) -> None:
         assert image.pulled_bytes == len(data)
 
 
+async def test_building_again_repairs_a_damaged_image(tmp_path: Path) -> None:
+    """A build that finds its image here looks whether it is whole: what is damaged is made anew."""
+    node = make_node(network(), tmp_path, 1)
+    async with running([node]):
+        built = await build(node.pack, tmp_path / "context")
+        for path in (
+            (await resolve(node, built)).initrd_paths[1],
+            tmp_path / "node1/images/blobs" / built.digest[7:9] / built.digest[9:],
+        ):
+            data = path.read_bytes()
+            path.write_bytes(data[:-1] + b"!")
+            again = await build(node.pack, tmp_path / "context")
+            assert (again.digest, again.cached) == (built.digest, False)
+            assert path.read_bytes() == data
+            assert node.pack.has_image(built.digest)
+        assert (await build(node.pack, tmp_path / "context")).cached
+
+
 async def test_nobody_has_it(tmp_path: Path) -> None:
     """Without a holder that answers, the error says so and keeps nothing."""
     wire = network()

@@ -1,0 +1,158 @@
+"""The door for intents: looks at a wish before it enters the log, and says when it is certified.
+
+Every node judges every intent for itself; what is checked here too is what a person should be told at once. A node that
+is not a voter writes nothing itself: it hands the wish, signed as it is, to a voter, which looks at it with the same
+eyes; so a user may ask any node. Handing it to a second voter when the first one dies is safe, for an intent that is
+carried twice counts once.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import structlog
+import trio
+
+from formation.core.clock import NS_PER_MS
+from formation.core.codec import decode, encode, verify_ed25519
+from formation.core.errors import ConflictError, DecodeError, NotFoundError, QuorumError, UnavailableError, UsageError
+from formation.core.event import VmRequested, event_fields, parse_event
+from formation.core.ids import NodeId, TraceId, trace_id_of, vm_id_of
+from formation.core.intent import SignedIntent, check_intent, parse_intent
+from formation.core.spec import VmSpec, check_vm_spec
+from formation.node.reads import Reads
+from formation.p2p.service import P2pService
+from formation.state.service import Level, Token
+
+PROTOCOL = "/formation/intent/1"
+# One intent with a full environment is below 64 KiB (state: one operation).
+INTENT_SIZE_MAX_BYTES = 64 * 1024
+# A VM's id, a trace, a token: some 200 bytes.
+ANSWER_SIZE_MAX_BYTES = 1024
+# Certification takes milliseconds with a quorum; after this long there is none, and the person should know.
+CERTIFY_TIMEOUT_S = 10.0
+# A voter answers within its own CERTIFY_TIMEOUT_S, or is gone.
+VOTER_TIMEOUT_S = CERTIFY_TIMEOUT_S + 5.0
+# Gossip brings it here within a tenth of a second, sync within a few.
+FOLLOW_TIMEOUT_S = 5.0
+
+log = structlog.get_logger(__name__)
+
+
+class Accepted(msgspec.Struct, array_like=True, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A wish that a quorum has on disk; array of four."""
+
+    object_id: str
+    trace_id: str
+    lane: str
+    seq: int
+
+
+class Door:
+    """Takes signed intents from the API and, on a voter, from nodes that do not vote."""
+
+    def __init__(self, *, reads: Reads, p2p: P2pService) -> None:
+        self._reads = reads
+        self._state = reads.state
+        self._p2p = p2p
+        p2p.serve_requests(PROTOCOL, self._serve, request_size_max_bytes=INTENT_SIZE_MAX_BYTES)
+
+    async def submit(self, raw: bytes) -> Accepted:
+        """Check a signed intent, write it or hand it to a voter, and wait until it is certified.
+
+        Raises:
+          UsageError: not an intent, or asks for something malformed.
+          DeniedError, ConflictError, NotFoundError: it would have no effect.
+          QuorumError: written, but too few voters answer.
+          UnavailableError: this node does not vote, and reaches no voter.
+        """
+        try:
+            wish = parse_intent(raw)
+        except DecodeError as exc:
+            raise UsageError(f"not an intent: {exc.message}", hint="schemas/core.cddl says what an intent is") from exc
+        now_ms = self._reads.clock.now_ns() // NS_PER_MS
+        check_intent(verify_ed25519, wish, network_id=self._reads.manifest.network_id, now_ms=now_ms)
+        object_id, trace_id = self._check_wish(wish)
+        if not self._state.status().is_voter:
+            return await self._hand_on(raw)
+        token = await self._state.append_intent(wish)
+        await self.wait_certified(token)
+        return Accepted(object_id=object_id, trace_id=trace_id, lane=token.lane, seq=token.seq)
+
+    async def wait_certified(self, token: Token) -> None:
+        """Wait until a quorum has a write of this node on disk.
+
+        Raises:
+          QuorumError: not in time; says how many voters answer.
+        """
+        with trio.move_on_after(CERTIFY_TIMEOUT_S) as scope:
+            await self._state.wait_certified(token)
+        if not scope.cancelled_caught:
+            return
+        status = self._state.status()
+        online = sum(voter.is_online for voter in status.voters)
+        if online >= status.quorum_size:
+            # Voters hold what is ahead of their time until that time comes.
+            raise QuorumError(
+                f"written here, but not certified within {CERTIFY_TIMEOUT_S:.0f} s although {online} voters answer",
+                hint="is this machine's clock right? what is early is held until its time: formation status",
+            )
+        raise QuorumError(
+            f"written here, but only {online} of {len(status.voters)} voters answer and {status.quorum_size} are needed",
+            hint="it takes effect by itself when a quorum is back: formation status",
+        )
+
+    def _check_wish(self, wish: SignedIntent) -> tuple[str, TraceId]:
+        """What every node will judge again, told early; gives the object and the trace."""
+        try:
+            event = parse_event(wish.intent.verb, wish.intent.body)
+        except DecodeError as exc:
+            raise UsageError(exc.message, hint="is the client older or newer than this node?") from exc
+        view = self._state.view
+        if not isinstance(event, VmRequested):
+            vm = view.vm(wish.intent.object_id, Level.CERTIFIED) if wish.intent.object_id.startswith("vm-") else None
+            # Only an account that makes itself known may leave the object out: it means itself.
+            return wish.intent.object_id or wish.account_id, TraceId(vm.trace_id) if vm else trace_id_of(wish.digest)
+        vm_id = vm_id_of(wish.digest)
+        # The event's values with their types, not the plain ones of the wire.
+        spec = check_vm_spec(VmSpec(**{name: getattr(event, name) for name in event_fields(event)}))
+        for vm in view.vms():
+            if vm.owner == wish.account_id and vm.spec.name == spec.name and vm.vm_id != vm_id:
+                raise ConflictError(
+                    f"a VM named {spec.name!r} exists already", hint=f"choose another name, or: formation vm delete {spec.name}"
+                )
+        if view.image(spec.image) is None:
+            raise NotFoundError(f"no node has image {spec.image[:19]}…", hint="formation image build makes it known")
+        return vm_id, trace_id_of(wish.digest)
+
+    async def _hand_on(self, raw: bytes) -> Accepted:
+        """Ask one voter after the other, those that answer first; what a voter refuses is refused."""
+        voters = sorted(self._state.status().voters, key=lambda voter: not voter.is_online)
+        for voter in voters:
+            try:
+                with trio.fail_after(VOTER_TIMEOUT_S):
+                    answer = await self._p2p.request(
+                        NodeId(voter.node_id), PROTOCOL, raw, response_size_max_bytes=ANSWER_SIZE_MAX_BYTES
+                    )
+                accepted = decode(answer, Accepted)
+            except (UnavailableError, DecodeError, trio.TooSlowError) as exc:
+                log.info("door.voter_failed", voter=voter.name, reason=str(exc))
+                continue
+            await self._follow(Token(lane=accepted.lane, seq=accepted.seq))
+            return accepted
+        raise UnavailableError(
+            "this node does not vote in the network, and no voter answers it",
+            hint="formation status shows the voters; try again",
+        )
+
+    async def _follow(self, token: Token) -> None:
+        """Let the wish arrive here too, so that what is asked of this node next knows of it; it stands in any case."""
+        try:
+            with trio.move_on_after(FOLLOW_TIMEOUT_S):
+                await self._state.wait_certified(token)
+        except UsageError as exc:
+            log.warning("door.odd_token", reason=exc.message)
+
+    async def _serve(self, _asker: NodeId, raw: bytes) -> bytes:
+        if not self._state.status().is_voter:
+            raise UnavailableError("this node does not vote", hint="ask a voter")
+        return encode(await self.submit(raw))
