@@ -111,7 +111,7 @@ def follow_wish(client: Client, wish: SignedIntent, watch: Watch, progress: Prog
     except KeyboardInterrupt as exc:
         progress.clear()
         raise InterruptedByUserError(
-            f"interrupted; {watch.label} is not, the network goes on with it",
+            f"interrupted; the network goes on with {watch.label}",
             hint=f"formation vm show {watch.label}   (id {watch.vm_id})",
         ) from exc
     finally:

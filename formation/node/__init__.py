@@ -10,6 +10,7 @@
 | stream | events → server-sent events |
 | reads | the replicated state as the API's answers |
 | attach | logs and consoles, also of VMs on other nodes |
+| door | looks at intents before they enter the log; hands them to a voter where this node is none |
 | api | HTTP on a unix socket, and on TCP with a token |
 | wiring | builds adapters and services, once |
 | run | nursery tree, start order, drain |

@@ -29,42 +29,29 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from formation.core.clock import NS_PER_MS
-from formation.core.codec import verify_ed25519
 from formation.core.errors import (
-    ConflictError,
-    DecodeError,
     FormationError,
     HostError,
-    NotFoundError,
-    QuorumError,
     UsageError,
 )
-from formation.core.event import ImageBuilt, ImageHeld, VmDesired, VmRequested, event_fields, parse_event
-from formation.core.ids import TraceId, check_label, trace_id_of, vm_id_of
-from formation.core.intent import SignedIntent, check_intent, parse_intent
-from formation.core.spec import VmSpec, check_vm_spec
+from formation.core.event import ImageBuilt, ImageHeld
+from formation.core.ids import check_label
 from formation.core.units import format_size
 from formation.node.attach import Attach, AttachRequest
+from formation.node.door import INTENT_SIZE_MAX_BYTES, Door
 from formation.node.reads import Reads
 from formation.node.stream import KEEP_ALIVE, KEEP_ALIVE_S, Filter, sse_change, sse_gap
 from formation.node.upload import inside, receive_context
 from formation.pack.service import BuildProgress, PackService
-from formation.state.service import Gap, Level, Token
+from formation.state.service import Gap
 
 log = structlog.get_logger(__name__)
 
-# One intent with a full environment is below 64 KiB (state: one operation).
-INTENT_SIZE_MAX_BYTES = 64 * 1024
 # A keystroke or a paste; the console is no file transfer.
 CONSOLE_INPUT_SIZE_MAX_BYTES = 64 * 1024
-# Certification takes milliseconds with a quorum; after this long there is none, and the person should know.
-CERTIFY_TIMEOUT_S = 10.0
 # Progress lines wait here while a slow client reads; a full buffer makes the build wait, not memory grow.
 PROGRESS_BUFFER_COUNT = 256
 LOG_TAIL_LINES_MAX = 10_000
-# Beyond 63 bits the fold takes an operation for void.
-GENERATIONS = range(1 << 63)
 # Positions are SQLite's integers, below 2**63.
 COUNT_DIGITS_MAX = 18
 
@@ -91,6 +78,7 @@ class ApiParts:
     reads: Reads
     pack: PackService
     attach: Attach
+    door: Door
 
 
 def make_api(parts: ApiParts) -> Application:
@@ -155,6 +143,7 @@ class _Api:
         self._state = parts.reads.state
         self._pack = parts.pack
         self._attach = parts.attach
+        self._door = parts.door
         self._builds = trio.CapacityLimiter(1)
 
     async def get_status(self, _: Request) -> Response:
@@ -179,62 +168,13 @@ class _Api:
         return JSONResponse(self._reads.vm(self._reads.find_vm(request.path_params["ref"])))
 
     async def post_intent(self, request: Request) -> Response:
-        try:
-            wish = parse_intent(await _body(request, INTENT_SIZE_MAX_BYTES))
-        except DecodeError as exc:
-            raise UsageError(f"not an intent: {exc.message}", hint="schemas/core.cddl says what an intent is") from exc
-        # Checked here too, so that a person is told at once what every node would find.
-        now_ms = self._reads.clock.now_ns() // NS_PER_MS
-        check_intent(verify_ed25519, wish, network_id=self._reads.manifest.network_id, now_ms=now_ms)
-        object_id, trace_id = self._check_wish(wish)
-        token = await self._state.append_intent(wish)
-        await self._wait_certified(token)
-        answer = {"object_id": object_id, "trace_id": trace_id, "token": {"lane": token.lane, "seq": token.seq}}
+        accepted = await self._door.submit(await _body(request, INTENT_SIZE_MAX_BYTES))
+        answer = {
+            "object_id": accepted.object_id,
+            "trace_id": accepted.trace_id,
+            "token": {"lane": accepted.lane, "seq": accepted.seq},
+        }
         return JSONResponse(answer, status_code=202)
-
-    def _check_wish(self, wish: SignedIntent) -> tuple[str, TraceId]:
-        """What every node will judge again, told early; gives the object and the trace."""
-        try:
-            event = parse_event(wish.intent.verb, wish.intent.body)
-        except DecodeError as exc:
-            raise UsageError(exc.message, hint="is the client older or newer than this node?") from exc
-        if isinstance(event, VmRequested | VmDesired) and event.generation not in GENERATIONS:
-            raise UsageError(f"generation: {event.generation} is out of range", hint="each start and stop raises it by one")
-        if not isinstance(event, VmRequested):
-            vm = (
-                self._state.view.vm(wish.intent.object_id, Level.CERTIFIED) if wish.intent.object_id.startswith("vm-") else None
-            )
-            # Only an account that makes itself known may leave the object out: it means itself.
-            return wish.intent.object_id or wish.account_id, TraceId(vm.trace_id) if vm else trace_id_of(wish.digest)
-        vm_id = vm_id_of(wish.digest)
-        spec = check_vm_spec(VmSpec(**_spec_fields(event)))
-        for vm in self._state.view.vms():
-            if vm.owner == wish.account_id and vm.spec.name == spec.name and vm.vm_id != vm_id:
-                raise ConflictError(
-                    f"a VM named {spec.name!r} exists already", hint=f"choose another name, or: formation vm delete {spec.name}"
-                )
-        if self._state.view.image(spec.image) is None:
-            raise NotFoundError(f"no node has image {spec.image[:19]}…", hint="formation image build makes it known")
-        return vm_id, trace_id_of(wish.digest)
-
-    async def _wait_certified(self, token: Token) -> None:
-        with trio.move_on_after(CERTIFY_TIMEOUT_S) as scope:
-            await self._state.wait_certified(token)
-        if not scope.cancelled_caught:
-            return
-        status = self._state.status()
-        online = sum(voter.is_online for voter in status.voters)
-        if online >= status.quorum_size:
-            # Voters hold what is ahead of their time until that time comes.
-            raise QuorumError(
-                f"written here, but not acknowledged by {status.quorum_size} voters within {CERTIFY_TIMEOUT_S:.0f} s, "
-                f"though {online} of {len(status.voters)} answer",
-                hint="is this machine's clock right, or are they overloaded? it takes effect by itself: formation status",
-            )
-        raise QuorumError(
-            f"written here, but only {online} of {len(status.voters)} voters answer and {status.quorum_size} are needed",
-            hint="it takes effect by itself when a quorum is back: formation status",
-        )
 
     async def build_image(self, request: Request) -> Response:
         name = request.query_params.get("name", "")
@@ -278,7 +218,7 @@ class _Api:
             expose=tuple((port, transport) for port, transport in config.expose),
         )
         await self._state.append_event(event, built.digest)
-        await self._wait_certified(await self._state.append_event(ImageHeld(), built.digest))
+        await self._door.wait_certified(await self._state.append_event(ImageHeld(), built.digest))
         record = self._state.view.image(built.digest)
         assert record is not None
         text = f"{config.name} {built.digest[:19]} {format_size(built.size_bytes)}"
@@ -375,11 +315,6 @@ async def _context_folder(parent: Path) -> AsyncIterator[Path]:
         # Tens of thousands of files take seconds, in which this node would be silent to its peers.
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(folder.cleanup)
-
-
-def _spec_fields(event: VmRequested) -> dict[str, Any]:
-    # The event's values with their types, not the plain ones of the wire.
-    return {name: getattr(event, name) for name in event_fields(event)}
 
 
 def _json_line(value: Mapping[str, Any]) -> bytes:

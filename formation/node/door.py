@@ -15,7 +15,7 @@ import trio
 from formation.core.clock import NS_PER_MS
 from formation.core.codec import decode, encode, verify_ed25519
 from formation.core.errors import ConflictError, DecodeError, NotFoundError, QuorumError, UnavailableError, UsageError
-from formation.core.event import VmRequested, event_fields, parse_event
+from formation.core.event import VmDesired, VmRequested, event_fields, parse_event
 from formation.core.ids import NodeId, TraceId, trace_id_of, vm_id_of
 from formation.core.intent import SignedIntent, check_intent, parse_intent
 from formation.core.spec import VmSpec, check_vm_spec
@@ -26,6 +26,8 @@ from formation.state.service import Level, Token
 PROTOCOL = "/formation/intent/1"
 # One intent with a full environment is below 64 KiB (state: one operation).
 INTENT_SIZE_MAX_BYTES = 64 * 1024
+# Beyond 63 bits the fold takes an operation for void.
+GENERATIONS = range(1 << 63)
 # A VM's id, a trace, a token: some 200 bytes.
 ANSWER_SIZE_MAX_BYTES = 1024
 # Certification takes milliseconds with a quorum; after this long there is none, and the person should know.
@@ -93,8 +95,9 @@ class Door:
         if online >= status.quorum_size:
             # Voters hold what is ahead of their time until that time comes.
             raise QuorumError(
-                f"written here, but not certified within {CERTIFY_TIMEOUT_S:.0f} s although {online} voters answer",
-                hint="is this machine's clock right? what is early is held until its time: formation status",
+                f"written here, but not acknowledged by {status.quorum_size} voters within {CERTIFY_TIMEOUT_S:.0f} s, "
+                f"though {online} of {len(status.voters)} answer",
+                hint="is this machine's clock right, or are they overloaded? it takes effect by itself: formation status",
             )
         raise QuorumError(
             f"written here, but only {online} of {len(status.voters)} voters answer and {status.quorum_size} are needed",
@@ -107,6 +110,8 @@ class Door:
             event = parse_event(wish.intent.verb, wish.intent.body)
         except DecodeError as exc:
             raise UsageError(exc.message, hint="is the client older or newer than this node?") from exc
+        if isinstance(event, VmRequested | VmDesired) and event.generation not in GENERATIONS:
+            raise UsageError(f"generation: {event.generation} is out of range", hint="each start and stop raises it by one")
         view = self._state.view
         if not isinstance(event, VmRequested):
             vm = view.vm(wish.intent.object_id, Level.CERTIFIED) if wish.intent.object_id.startswith("vm-") else None

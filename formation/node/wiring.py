@@ -15,6 +15,7 @@ from formation.core.spec import Resources
 from formation.net.service import NetService
 from formation.node.attach import Attach
 from formation.node.dispatch import Dispatch
+from formation.node.door import Door
 from formation.node.health import Liveness
 from formation.node.identity import load_or_make_key
 from formation.node.reads import Reads
@@ -44,6 +45,7 @@ class Node:
     dispatch: Dispatch
     reads: Reads
     attach: Attach
+    door: Door
 
 
 async def build_node(settings: NodeSettings) -> Node:
@@ -114,4 +116,5 @@ async def build_node(settings: NodeSettings) -> Node:
         dispatch=dispatch,
         reads=reads,
         attach=Attach(reads=reads, p2p=p2p),
+        door=Door(reads=reads, p2p=p2p),
     )

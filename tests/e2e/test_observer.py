@@ -1,4 +1,4 @@
-"""A fifth node that is not in the manifest: it follows the network by gossip and sync, and writes nothing."""
+"""A fifth node that is not in the manifest: it follows by gossip and sync, and hands its users' wishes to voters."""
 
 from __future__ import annotations
 
@@ -52,3 +52,18 @@ def test_an_observer_catches_up_and_follows(formation: Commands) -> None:
     wait_for(lambda: len(formation.json("image", "list", node=observer)) == 1, what="the observer sees the new image")
     wait_for(lambda: certified_count(observer) == certified_count(first), what="the observer follows")
     assert "4 of 4 voters" in formation("status", node=observer).stdout
+
+
+def test_a_user_may_ask_an_observer(formation: Commands) -> None:
+    """A VM asked for at a node that does not vote is known to all, and so is its end."""
+    formation("image", "build", str(ROOT / "examples" / "hello"))
+    observer = join(formation)
+    wait_for(
+        lambda: certified_count(observer) == certified_count(formation.network.nodes[0]) > 0, what="the observer has caught up"
+    )
+    # No node of this network runs VMs: it waits for a place, and says so.
+    formation("vm", "create", "hello", "web", "--no-wait", node=observer, status=8)
+    assert [vm["spec"]["name"] for vm in formation.json("vm", "list")] == ["web"]
+    formation("vm", "delete", "web", "--yes", "--no-wait", node=observer, status=None)
+    wait_for(lambda: formation.json("vm", "list", node=observer) == [], what="the observer sees it gone")
+    assert formation.json("vm", "list") == []

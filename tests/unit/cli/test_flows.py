@@ -110,7 +110,7 @@ def test_interrupt_says_that_it_goes_on(run: _Run, node: FakeNode) -> None:
     threading.Thread(target=interrupt_when_accepted, daemon=True).start()
     result = run("create", "hello", "web")
     assert result.status == 130
-    assert "Error: interrupted; web is not, the network goes on with it" in result.err
+    assert "Error: interrupted; the network goes on with web" in result.err
     assert "Hint: formation vm show web" in result.err
 
 

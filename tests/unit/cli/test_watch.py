@@ -196,3 +196,12 @@ def test_short_forms() -> None:
     assert short_id(NODE_1) == "…" + NODE_1[-8:]
     assert short_id(DIGEST) == "abababababab"
     assert port_texts({"status": {"address": "h", "ports": [[80, "tcp", 1], "x"]}}) == ["h:1->80/tcp"]
+
+
+def test_a_start_waits_for_the_node_that_holds_the_vm() -> None:
+    """A VM that has its place waits for no other: only what was never placed waits for a node to take it."""
+    for is_placed, waits_for in ((True, "its node to get the image and begin"), (False, "a node to take it")):
+        watch = _watch()
+        watch.is_placed = is_placed
+        watch.accepted(101.0)
+        assert watch.waiting_for == waits_for

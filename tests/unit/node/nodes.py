@@ -24,6 +24,7 @@ from formation.net.service import NetService
 from formation.node.api import ApiParts, make_api
 from formation.node.attach import PERMIT_VERB, Attach
 from formation.node.dispatch import Dispatch
+from formation.node.door import Door
 from formation.node.health import Liveness
 from formation.node.reads import Reads
 from formation.node.settings import NodeSettings
@@ -88,7 +89,7 @@ class Nodes:
 
     def client(self, index: int = 0) -> Client:
         node = self.running[index]
-        return Client(make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach)))
+        return Client(make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door)))
 
     async def start(self, nursery: trio.Nursery, *indices: int) -> None:
         for index in indices:
@@ -160,6 +161,7 @@ class Nodes:
             dispatch=dispatch,
             reads=reads,
             attach=Attach(reads=reads, p2p=p2p),
+            door=Door(reads=reads, p2p=p2p),
         )
 
     async def _run(self, index: int, *, task_status: TaskStatus[None]) -> None:

@@ -18,12 +18,11 @@ from starlette.types import Receive, Scope, Send
 from formation.core import errors
 from formation.core.errors import FormationError, HostError
 from formation.core.event import AccountRegistered, NodeAdvertised, VmClaimed, VmDeleted, VmDesired
+from formation.core.ids import vm_id_of
 from formation.core.intent import FUTURE_MS_MAX, SignedIntent
 from formation.core.spec import Desired, PortMap
 from formation.node.api import (
-    CERTIFY_TIMEOUT_S,
     CONSOLE_INPUT_SIZE_MAX_BYTES,
-    INTENT_SIZE_MAX_BYTES,
     LOG_TAIL_LINES_MAX,
     ApiParts,
     TokenGuard,
@@ -31,6 +30,7 @@ from formation.node.api import (
     make_api,
     only_formation_error,
 )
+from formation.node.door import CERTIFY_TIMEOUT_S, INTENT_SIZE_MAX_BYTES
 from formation.node.stream import KEEP_ALIVE, KEEP_ALIVE_S
 from formation.pack.service import BuildProgress, PackService
 from formation.state.feed import Feed
@@ -68,7 +68,9 @@ def client_with(nodes: Nodes, *, vmm: Any = None, pack: Any = None) -> Client:
     """A client of a node of which a part was exchanged."""
     node = nodes[0]
     reads = node.reads if vmm is None else dataclasses.replace(node.reads, vmm=cast("VmmService", vmm))
-    return Client(make_api(ApiParts(reads=reads, pack=cast("PackService", pack or node.pack), attach=node.attach)))
+    return Client(
+        make_api(ApiParts(reads=reads, pack=cast("PackService", pack or node.pack), attach=node.attach, door=node.door))
+    )
 
 
 # --- reads -----------------------------------------------------------------------------------------------------------
@@ -308,13 +310,38 @@ async def test_only_the_owner_changes_a_vm(tmp_path: Path, jumping_clock: Clock)
         assert nodes[0].state.view.vm(vm_id) is not None
 
 
-async def test_an_observer_carries_no_wishes(tmp_path: Path, jumping_clock: Clock) -> None:
-    """It says so, and whom to ask."""
+async def test_an_observer_hands_wishes_to_a_voter(tmp_path: Path, jumping_clock: Clock) -> None:
+    """A user may ask any node; the answer is the voter's, and the observer knows of the VM by then."""
     async with running(tmp_path, observers=1) as nodes:
         image = await nodes.build()
         await eventually(lambda: nodes[1].state.view.image(image) is not None)
-        answer = await nodes.client(1).post("/v1/intents", nodes.wish(requested(image)).signed.raw)
+        wish = nodes.wish(requested(image))
+        answer = await nodes.client(1).post("/v1/intents", wish.signed.raw)
+        assert answer.status == 202
+        vm_id = answer.json()["object_id"]
+        assert vm_id == vm_id_of(wish.digest)
+        assert nodes[1].state.view.vm(vm_id) is not None
+        assert nodes[0].state.view.vm(vm_id) is not None
+
+
+async def test_what_a_voter_refuses_an_observer_refuses(tmp_path: Path, jumping_clock: Clock) -> None:
+    """The voter's own error comes back, with its code and hint."""
+    async with running(tmp_path, observers=1) as nodes:
+        vm_id = await nodes.create(await nodes.build())
+        await eventually(lambda: nodes[1].state.view.vm(vm_id) is not None)
+        answer = await nodes.client(1).post("/v1/intents", nodes.wish(VmDeleted(), vm_id, key=OTHER).signed.raw)
         assert answer.error() == (403, "denied")
+
+
+async def test_an_observer_that_reaches_no_voter_says_so(tmp_path: Path, jumping_clock: Clock) -> None:
+    """Nothing is written, and the person hears that it was not."""
+    async with running(tmp_path, observers=1) as nodes:
+        image = await nodes.build()
+        await eventually(lambda: nodes[1].state.view.image(image) is not None)
+        await nodes.stop(0)
+        answer = await nodes.client(1).post("/v1/intents", nodes.wish(requested(image)).signed.raw)
+        assert answer.error() == (503, "unavailable")
+        assert "no voter answers" in answer.json()["error"]["message"]
 
 
 async def test_a_client_that_leaves_in_the_middle_is_nobodys_fault(tmp_path: Path, jumping_clock: Clock) -> None:
@@ -409,7 +436,7 @@ async def test_a_context_that_cannot_be_kept_is_the_hosts_fault(tmp_path: Path, 
     async with running(tmp_path) as nodes:
         settings = dataclasses.replace(nodes[0].settings, data_dir=tmp_path / "gone")
         reads = dataclasses.replace(nodes[0].reads, settings=settings)
-        client = Client(make_api(ApiParts(reads=reads, pack=nodes[0].pack, attach=nodes[0].attach)))
+        client = Client(make_api(ApiParts(reads=reads, pack=nodes[0].pack, attach=nodes[0].attach, door=nodes[0].door)))
         assert (await client.post("/v1/images/build", context())).lines()[-1]["error"]["code"] == "host"
 
 
