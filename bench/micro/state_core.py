@@ -1,6 +1,6 @@
 """Four replicas on one core, no disk, no wire: certified operations per second, and what signatures take of it.
 
-    python -m bench.run state [--small]
+python -m bench.run state [--small]
 """
 
 from __future__ import annotations

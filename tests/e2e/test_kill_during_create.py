@@ -37,6 +37,8 @@ def test_kill_any_node_at_any_moment_of_a_create(formation: Commands) -> None:
         out, err = create.communicate(timeout=CREATE_TIMEOUT_S)
         told = f"round {number}: {victim.name} killed after {delay_s:.2f} s: exit {create.returncode}"
         told += f"\n{out}\n{err}\n{formation.logs()}"
+        # Shown by `pytest -rP`: how each round ended, and why.
+        print(told.partition("\n")[0], "|", err.strip().splitlines()[-1])
         assert create.returncode in HONEST_ENDS, told
         assert "Traceback" not in err, told
         assert create.returncode == 0 or "Error:" in err, told
