@@ -47,8 +47,6 @@ class Context(StrEnum):
     ACK = "ack"
     INTENT = "intent"
     MANIFEST = "manifest"
-    PRESENCE = "presence"
-    IMAGE = "image"
 
 
 Verify = Callable[[bytes, bytes, bytes], bool]

@@ -18,10 +18,11 @@ from formation.core.errors import ConflictError, DecodeError, NotFoundError, Quo
 from formation.core.event import VmDesired, VmRequested, event_fields, parse_event
 from formation.core.ids import NodeId, TraceId, trace_id_of, vm_id_of
 from formation.core.intent import SignedIntent, check_intent, parse_intent
-from formation.core.spec import VmSpec, check_vm_spec
+from formation.core.spec import Desired, VmPhase, VmRecord, VmSpec, check_vm_spec
 from formation.node.reads import Reads
 from formation.p2p.service import P2pService
 from formation.state.service import Level, Token
+from formation.vmm.lifecycle import Verb, check_verb
 
 PROTOCOL = "/formation/intent/1"
 # One intent with a full environment is below 64 KiB (state: one operation).
@@ -115,6 +116,8 @@ class Door:
         view = self._state.view
         if not isinstance(event, VmRequested):
             vm = view.vm(wish.intent.object_id, Level.CERTIFIED) if wish.intent.object_id.startswith("vm-") else None
+            if vm is not None and isinstance(event, VmDesired) and vm.owner == wish.account_id:
+                self._check_verb(vm, event)
             # Only an account that makes itself known may leave the object out: it means itself.
             return wish.intent.object_id or wish.account_id, TraceId(vm.trace_id) if vm else trace_id_of(wish.digest)
         vm_id = vm_id_of(wish.digest)
@@ -128,6 +131,15 @@ class Door:
         if view.image(spec.image) is None:
             raise NotFoundError(f"no node has image {spec.image[:19]}…", hint="formation image build makes it known")
         return vm_id, trace_id_of(wish.digest)
+
+    def _check_verb(self, vm: VmRecord, event: VmDesired) -> None:
+        """Refuse a start or stop that makes no sense now; one that was carried before counts once, whatever came of it."""
+        if event.generation <= vm.spec.generation:
+            return
+        # A VM that is meant to be stopped may be started in any phase: when it was never placed, for one.
+        if event.desired is Desired.STOPPED or vm.spec.desired is Desired.RUNNING:
+            verb = Verb.START if event.desired is Desired.RUNNING else Verb.STOP
+            check_verb(verb, VmPhase(self._reads.vm(vm)["phase"]), name=vm.spec.name)
 
     async def _hand_on(self, raw: bytes) -> Accepted:
         """Ask one voter after the other, those that answer first; what a voter refuses is refused."""

@@ -35,7 +35,7 @@ LEGAL: dict[Verb, frozenset[VmPhase]] = {
 _HINT: dict[Verb, str] = {
     Verb.START: "stop it first to start it afresh",
     Verb.STOP: "nothing of it runs; formation vm start starts it",
-    Verb.DELETE: "formation vm list --all shows what is left of it",
+    Verb.DELETE: "formation vm list shows what there is",
     Verb.CONSOLE: "formation vm logs shows what it printed last",
 }
 

@@ -158,4 +158,4 @@ def test_sig_structure() -> None:
 
 def test_context_names() -> None:
     """The names that signatures cover never change."""
-    assert [context.value for context in Context] == ["block", "ack", "intent", "manifest", "presence", "image"]
+    assert [context.value for context in Context] == ["block", "ack", "intent", "manifest"]

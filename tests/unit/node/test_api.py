@@ -310,6 +310,26 @@ async def test_only_the_owner_changes_a_vm(tmp_path: Path, jumping_clock: Clock)
         assert nodes[0].state.view.vm(vm_id) is not None
 
 
+async def test_a_start_of_what_runs_is_a_conflict(tmp_path: Path, jumping_clock: Clock) -> None:
+    """A verb that makes no sense in the VM's phase is refused with a sentence; the same wish sent again is not."""
+    async with running(tmp_path) as nodes:
+        vm_id = await nodes.create(await nodes.build())
+        await eventually(lambda: phase_of(nodes, vm_id) == "running")
+        again = nodes.wish(VmDesired(desired=Desired.RUNNING, generation=1), vm_id)
+        answer = await nodes.client().post("/v1/intents", again.signed.raw)
+        assert answer.error() == (409, "conflict")
+        assert "it is running" in answer.json()["error"]["message"]
+        stop = nodes.wish(VmDesired(desired=Desired.STOPPED, generation=1), vm_id)
+        assert (await nodes.client().post("/v1/intents", stop.signed.raw)).status == 202
+        await eventually(lambda: phase_of(nodes, vm_id) == "stopped")
+        assert (await nodes.client().post("/v1/intents", stop.signed.raw)).status == 202
+
+
+def phase_of(nodes: Nodes, vm_id: str) -> str:
+    record = nodes[0].state.view.vm(vm_id)
+    return record.status.phase.value if record is not None else ""
+
+
 async def test_an_observer_hands_wishes_to_a_voter(tmp_path: Path, jumping_clock: Clock) -> None:
     """A user may ask any node; the answer is the voter's, and the observer knows of the VM by then."""
     async with running(tmp_path, observers=1) as nodes:
