@@ -26,7 +26,7 @@ from formation.core.manifest import read_draft
 CATCH_UP_TIMEOUT_S = 30.0
 PAGE_TIMEOUT_S = 20.0
 _PAGE_SIZE_MAX_BYTES = 64 * 1024
-_STEP_TEXT_WIDTH = 52
+_STEP_TEXT_WIDTH = 64
 
 
 def run_demo(*, keep: bool = False, stop: Path | None = None) -> None:
@@ -93,7 +93,7 @@ class _Demo:
             self._formation("ps", host=victim)
         _say("\nWhat it took:")
         for text, took_s in self._steps:
-            _say(f"  {text:<{_STEP_TEXT_WIDTH + 12}} {took_s:6.1f} s")
+            _say(f"  {text:<{_STEP_TEXT_WIDTH}} {took_s:6.1f} s")
 
     @contextmanager
     def _step(self, text: str) -> Iterator[None]:

@@ -114,11 +114,7 @@ class LocalNetwork:
         return cls(folder, manifest, nodes, env)
 
     def start(self, node: LocalNode) -> None:
-        """Start a node's process, in a session of its own: the terminal's Ctrl-C is for the one who started us.
-
-        Raises:
-          UnavailableError: it runs already.
-        """
+        """Start the process of a node that does not run, in a session of its own: Ctrl-C is for the one who started us."""
         assert not node.is_running
         with (node.folder / "node.log").open("ab") as log:
             node.process = subprocess.Popen(

@@ -1,1 +1,1 @@
-"""The ground floor: the words that every other room uses. Nothing here does I/O but `keys` and `config`, which read files."""
+"""The ground floor: the words that every other room uses. Nothing here does I/O but `keys`, `config` and `files`."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from nacl import bindings
 
 from formation.core.errors import ConflictError, HostError, NotFoundError, UsageError
+from formation.core.files import sync_directory
 from formation.core.ids import AccountId, NodeId, account_id_of, node_id_of
 
 SEED_SIZE_BYTES = 32
@@ -78,7 +79,7 @@ def write_key_file(path: Path, key: KeyPair) -> None:
             file.flush()
             os.fsync(file.fileno())
             _link_new(file.name, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as exc:
         raise HostError(f"cannot write {path}: {exc.strerror}", hint="check the directory's owner and mode") from exc
 
@@ -118,11 +119,3 @@ def _link_new(source: str, path: Path) -> None:
         os.link(source, path)
     except FileExistsError as exc:
         raise ConflictError(f"{path} exists already", hint="a key is never overwritten: move the file away first") from exc
-
-
-def _sync_directory(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

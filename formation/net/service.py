@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import ipaddress
-import os
 import random
 import socket
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ import structlog
 import trio
 
 from formation.core.errors import HostError
+from formation.core.files import replace_durably
 from formation.core.spec import PortMap
 from formation.net.ports import DYNAMIC_PORT_COUNT, plan_ports
 
@@ -135,7 +135,7 @@ class NetService:
         data = msgspec.json.encode([leases[vm_id] for vm_id in sorted(leases)])
         # Not interruptible between rename and assignment: memory and file would disagree.
         try:
-            await trio.to_thread.run_sync(_write_durably, self._path, data)
+            await trio.to_thread.run_sync(replace_durably, self._path, data)
         except OSError as exc:
             raise HostError(f"cannot write {self._path.name}: {exc.strerror}", hint="is the disk full?") from exc
         self._leases = leases
@@ -171,17 +171,3 @@ def _read_leases(path: Path) -> list[NicLease]:
         # Written by rename, so this is damage of the disk. Leases can be made anew; refusing to start would help nobody.
         log.error("net.leases_unreadable", path=path.name, error=str(exc))
         return []
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

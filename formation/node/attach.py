@@ -34,6 +34,7 @@ from formation.core.ids import NodeId
 from formation.core.intent import SignedIntent, check_intent, parse_intent
 from formation.core.spec import VmRecord
 from formation.node.reads import Reads
+from formation.p2p.framing import receive_frame, send_frame
 from formation.p2p.service import P2pService
 from formation.p2p.transport import ByteStream
 
@@ -46,7 +47,6 @@ PERMIT_SIZE_MAX_BYTES = 2 * 1024
 # The permit and a few numbers; an answer's texts are cut to fit as well.
 REQUEST_SIZE_MAX_BYTES = 4 * 1024
 TEXT_LENGTH_MAX = 400
-_LENGTH_SIZE_BYTES = 4
 # A holder answers from memory, over a link that stands.
 ANSWER_TIMEOUT_S = 10.0
 CHUNK_SIZE_BYTES = 16 * 1024
@@ -151,8 +151,8 @@ class Attach:
             raise UnavailableError(f"node {name}, which holds it, cannot be reached", hint="formation status") from exc
         try:
             with trio.fail_after(ANSWER_TIMEOUT_S):
-                await _send_frame(stream, encode(request))
-                answer = await _receive_frame(stream)
+                await send_frame(stream, encode(request))
+                answer = await receive_frame(stream, size_max_bytes=REQUEST_SIZE_MAX_BYTES)
             if answer:
                 code, message, hint = decode(answer, tuple[str, str, str], what="attach answer")
                 raise error_from_code(code, _printable(message), _printable(hint))
@@ -177,10 +177,10 @@ class Attach:
         self._sessions += 1
         try:
             with trio.fail_after(ANSWER_TIMEOUT_S):
-                request = decode(await _receive_frame(stream), AttachRequest)
+                request = decode(await receive_frame(stream, size_max_bytes=REQUEST_SIZE_MAX_BYTES), AttachRequest)
             vm = self._permitted(request)
             async with self._open_here(vm.vm_id, request) as chunks:
-                await _send_frame(stream, b"")
+                await send_frame(stream, b"")
                 await self._copy(vm.vm_id, request, chunks, stream)
         except FormationError as exc:
             log.info("attach.refused", asker=asker, reason=exc.message)
@@ -242,27 +242,6 @@ async def _chunks(stream: ByteStream) -> AsyncIterator[bytes]:
         yield chunk
 
 
-async def _send_frame(stream: ByteStream, payload: bytes) -> None:
-    await stream.send_all(len(payload).to_bytes(_LENGTH_SIZE_BYTES, "big") + payload)
-
-
-async def _receive_frame(stream: ByteStream) -> bytes:
-    length = int.from_bytes(await _receive_exactly(stream, _LENGTH_SIZE_BYTES), "big")
-    if length > REQUEST_SIZE_MAX_BYTES:
-        raise DecodeError(f"attach: frame of {length} bytes, the limit is {REQUEST_SIZE_MAX_BYTES}")
-    return await _receive_exactly(stream, length)
-
-
-async def _receive_exactly(stream: ByteStream, size_bytes: int) -> bytes:
-    data = bytearray()
-    while len(data) < size_bytes:
-        chunk = await stream.receive_some(size_bytes - len(data))
-        if not chunk:
-            raise UnavailableError("the other node closed the stream", hint="try again")
-        data += chunk
-    return bytes(data)
-
-
 def _printable(text: str) -> str:
     """No control characters: this text of another node reaches terminals."""
     return "".join(c if c.isprintable() else " " for c in text[:TEXT_LENGTH_MAX])
@@ -271,6 +250,6 @@ def _printable(text: str) -> str:
 async def _refuse(stream: ByteStream, error: FormationError) -> None:
     try:
         with trio.fail_after(ANSWER_TIMEOUT_S):
-            await _send_frame(stream, encode([error.code, error.message[:TEXT_LENGTH_MAX], error.hint[:TEXT_LENGTH_MAX]]))
+            await send_frame(stream, encode([error.code, error.message[:TEXT_LENGTH_MAX], error.hint[:TEXT_LENGTH_MAX]]))
     except (FormationError, trio.TooSlowError):
         log.debug("attach.refusal_unsent", reason=error.message)

@@ -31,6 +31,7 @@ from hypercorn.trio import serve
 from formation import __version__
 from formation.core.errors import ConflictError, HostError, UsageError
 from formation.core.event import NodeAdvertised
+from formation.core.files import replace_durably
 from formation.node.api import ApiParts, Application, TokenGuard, make_api
 from formation.node.identity import prepare_data_dir
 from formation.node.settings import NodeSettings, split_host_port
@@ -228,16 +229,9 @@ def api_token(data_dir: Path) -> str:
     except OSError as exc:
         raise HostError(f"cannot read {path}: {exc.strerror}", hint="check its owner and mode") from exc
     # By rename: a crash or a full disk must not leave half a token, or an empty one that anybody has.
-    temporary = path.with_suffix(".tmp")
     try:
-        temporary.unlink(missing_ok=True)
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(token + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_durably(path, f"{token}\n".encode(), mode=0o600)
     except OSError as exc:
-        temporary.unlink(missing_ok=True)
         raise HostError(f"cannot write {path}: {exc.strerror}", hint="is the node's disk full?") from exc
     return token
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from formation.core.errors import HostError, RemoteFault
+from formation.core.files import sync_directory
 from formation.core.ids import Digest
 from formation.core.units import MIB, format_size
 
@@ -161,7 +162,7 @@ class BlobStore:
         target = self.path_of(digest)
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
-        _sync_folder(target.parent)
+        sync_directory(target.parent)
         status = target.stat()
         self._checked[digest] = (status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -234,11 +235,3 @@ def _disk_errors(place: Path) -> Iterator[None]:
         yield
     except OSError as exc:
         raise HostError(f"the disk of {place} says: {exc.strerror}", hint="is it full, or not writable?") from exc
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

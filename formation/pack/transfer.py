@@ -25,6 +25,7 @@ from formation.core.codec import decode, encode
 from formation.core.errors import RemoteFault, UnavailableError
 from formation.core.ids import Digest, NodeId
 from formation.core.units import KIB
+from formation.p2p.framing import receive_frame, send_frame
 from formation.p2p.service import P2pService
 from formation.p2p.transport import ByteStream
 from formation.pack.manifest import BLOB_SIZE_MAX_BYTES
@@ -177,25 +178,11 @@ def _stall_limit(holder: NodeId) -> Iterator[None]:
 
 
 async def _send_frame(stream: ByteStream, value: BlobRequest | BlobAnswer) -> None:
-    data = encode(value)
-    await stream.send_all(len(data).to_bytes(4, "big") + data)
+    await send_frame(stream, encode(value))
 
 
 async def _read_frame(stream: ByteStream, as_type: type[T]) -> T:
-    size = int.from_bytes(await _read_exactly(stream, 4), "big")
-    if size > FRAME_SIZE_MAX_BYTES:
-        raise RemoteFault(f"a frame of {size} bytes, the limit is {FRAME_SIZE_MAX_BYTES}")
-    return decode(await _read_exactly(stream, size), as_type)
-
-
-async def _read_exactly(stream: ByteStream, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        piece = await stream.receive_some(size - len(data))
-        if not piece:
-            raise UnavailableError("the peer ended the stream early")
-        data += piece
-    return data
+    return decode(await receive_frame(stream, size_max_bytes=FRAME_SIZE_MAX_BYTES), as_type)
 
 
 async def _wait_closed(stream: ByteStream) -> None:

@@ -24,6 +24,7 @@ import msgspec
 import structlog
 
 from formation.core.errors import HostError
+from formation.core.files import replace_durably
 from formation.core.ids import is_vm_id
 from formation.core.units import GIB
 from formation.vmm.devices import AGENT_SOCKET, DISK_FILE, INITRD_FILE, QMP_SOCKET, SERIAL_SOCKET
@@ -193,18 +194,7 @@ def write_durably(path: Path, data: bytes) -> None:
     Raises:
       HostError: it cannot be written.
     """
-    temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        replace_durably(path, data)
     except OSError as exc:
-        temporary.unlink(missing_ok=True)
         raise HostError(f"cannot write {path.name}: {exc.strerror}", hint="is the node's disk full?") from exc
