@@ -24,6 +24,8 @@ from formation.p2p.service import P2pService
 from formation.pack.service import PackService
 from formation.state.service import StateService
 from formation.state.sqlite import SqliteStore
+from formation.state.store import Store
+from formation.vmm.hypervisor import Hypervisor
 from formation.vmm.service import VmmService
 
 
@@ -61,20 +63,43 @@ async def build_node(settings: NodeSettings) -> Node:
 
     manifest = read_manifest(settings.manifest)
     key = load_or_make_key(settings.data_dir)
-    clock = SystemClock()
     rng = random.Random()
-    capacity = offered_capacity(settings)
 
     voters = {voter.node_id: voter.addresses for voter in manifest.voters if voter.node_id != key.node_id}
     linked = frozenset(voters) if key.public_key in {voter.public_key for voter in manifest.voters} else frozenset()
     transport = make_libp2p_transport(key, settings.listen)
     p2p = P2pService(transport=transport, known_peers=voters, linked=linked, rng=rng)
-    store = SqliteStore(settings.data_dir / "state.db")
+    return assemble(
+        settings,
+        key=key,
+        manifest=manifest,
+        capacity=offered_capacity(settings),
+        clock=SystemClock(),
+        rng=rng,
+        p2p=p2p,
+        store=SqliteStore(settings.data_dir / "state.db"),
+        pack=PackService(data_dir=settings.data_dir / "images", cache_dir=settings.cache_dir, p2p=p2p),
+        hypervisor=await choose_hypervisor(settings.hypervisor, accelerator=settings.accelerator, data_dir=settings.data_dir),
+    )
+
+
+def assemble(
+    settings: NodeSettings,
+    *,
+    key: KeyPair,
+    manifest: Manifest,
+    capacity: Resources,
+    clock: Clock,
+    rng: random.Random,
+    p2p: P2pService,
+    store: Store,
+    pack: PackService,
+    hypervisor: Hypervisor,
+) -> Node:
+    """Wire the services to adapters that were chosen: real ones for a process, their twins for a test."""
     state = StateService(manifest=manifest, key=key, store=store, p2p=p2p, clock=clock, rng=rng)
     liveness = Liveness(own_id=key.node_id, clock=clock)
-    pack = PackService(data_dir=settings.data_dir / "images", cache_dir=settings.cache_dir, p2p=p2p)
     net = NetService(data_dir=settings.data_dir / "net", public_address=settings.public_address, rng=rng)
-    hypervisor = await choose_hypervisor(settings.hypervisor, accelerator=settings.accelerator, data_dir=settings.data_dir)
     vmm = VmmService(
         node_id=key.node_id,
         state=state,

@@ -20,23 +20,16 @@ from formation.core.intent import NONCE_SIZE_BYTES, Intent, SignedIntent, sign_i
 from formation.core.keys import KeyPair
 from formation.core.manifest import Manifest, found_network
 from formation.core.spec import Resources
-from formation.net.service import NetService
 from formation.node.api import ApiParts, make_api
-from formation.node.attach import PERMIT_VERB, Attach
-from formation.node.dispatch import Dispatch
-from formation.node.door import Door
-from formation.node.health import Liveness
-from formation.node.reads import Reads
+from formation.node.attach import PERMIT_VERB
 from formation.node.settings import NodeSettings
-from formation.node.wiring import Node
+from formation.node.wiring import Node, assemble
 from formation.p2p.loopback import LoopbackNetwork
 from formation.p2p.service import P2pService
 from formation.p2p.transport import TaskStatus
 from formation.pack.service import PackService
-from formation.state.service import StateService
 from formation.state.store import MemoryDisk, MemoryStore
 from formation.vmm.hypervisor import MissingHypervisor
-from formation.vmm.service import VmmService
 from formation.vmm.twin import TwinHypervisor, TwinVm, TwinWorld
 from tests.unit.node.asgi import Client
 from tests.unit.pack.images import HELLO, small_base
@@ -113,55 +106,19 @@ class Nodes:
         )
         store = MemoryStore(self.disks[index])
         rng = random.Random(len(self._scopes) * 100 + index)
-        state = StateService(manifest=self.manifest, key=key, store=store, p2p=p2p, clock=clock, rng=rng)
-        liveness = Liveness(own_id=key.node_id, clock=clock)
-        pack = PackService(data_dir=folder / "images", cache_dir=folder / "cache", p2p=p2p, prepare=small_base)
-        net = NetService(data_dir=folder / "net", public_address="127.0.0.1", rng=rng)
-        capacity = Resources(vcpus=8, memory_mib=8192, disk_gib=100)
-        vmm = VmmService(
-            node_id=key.node_id,
-            state=state,
-            pack=pack,
-            net=net,
+        return assemble(
+            settings,
+            key=key,
+            manifest=self.manifest,
+            capacity=Resources(vcpus=8, memory_mib=8192, disk_gib=100),
+            clock=clock,
+            rng=rng,
+            p2p=p2p,
+            store=store,
+            pack=PackService(data_dir=folder / "images", cache_dir=folder / "cache", p2p=p2p, prepare=small_base),
             hypervisor=TwinHypervisor(clock=clock, world=self.worlds[index])
             if index in self._hosts
             else MissingHypervisor("none was asked for", hint="formation node --hypervisor auto"),
-            data_dir=folder / "vms",
-            capacity=capacity,
-            is_live=liveness.is_live,
-            clock=clock,
-            rng=rng,
-        )
-        dispatch = Dispatch(node_id=key.node_id, state=state, pack=pack, vmm=vmm)
-        p2p.on_peer(liveness.on_peer)
-        p2p.on_peer(dispatch.on_peer)
-        reads = Reads(
-            node_id=key.node_id,
-            settings=settings,
-            manifest=self.manifest,
-            state=state,
-            p2p=p2p,
-            vmm=vmm,
-            liveness=liveness,
-            clock=clock,
-            started_ns=clock.now_ns(),
-        )
-        return Node(
-            settings=settings,
-            key=key,
-            manifest=self.manifest,
-            capacity=capacity,
-            clock=clock,
-            p2p=p2p,
-            state=state,
-            pack=pack,
-            net=net,
-            vmm=vmm,
-            liveness=liveness,
-            dispatch=dispatch,
-            reads=reads,
-            attach=Attach(reads=reads, p2p=p2p),
-            door=Door(reads=reads, p2p=p2p),
         )
 
     async def _run(self, index: int, *, task_status: TaskStatus[None]) -> None:
