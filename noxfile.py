@@ -3,6 +3,7 @@
 nox -s lint types imports tests sim e2e     what `./bootstrap test` runs
 nox -s demo -- --keep                       the main job, on this machine
 nox -s bench                                figures
+nox -s fuzz -- 600                          decoders and a replica under hostile bytes, so many seconds each
 """
 
 from __future__ import annotations
@@ -60,14 +61,46 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def sim(session: nox.Session) -> None:
-    """Whole clusters in one process, by seed."""
-    session.run("pytest", "-q", "-n", WORKERS, "tests/sim", *session.posargs)
+    """Whole clusters in one process, by seed; `-- --first-seed N --seeds M` runs any others (see tests/sim/__main__.py)."""
+    if any(option in session.posargs for option in ("--first-seed", "--seeds", "--seed", "--scenario")):
+        session.run("python", "-m", "tests.sim", "--workers", WORKERS, *session.posargs)
+    else:
+        session.run("pytest", "-q", "-n", WORKERS, "tests/sim", *session.posargs)
 
 
 @nox.session
 def e2e(session: nox.Session) -> None:
     """Real node processes and real guests."""
     session.run("pytest", "-q", "tests/e2e", *session.posargs)
+
+
+# Of each target, when nobody says otherwise: new coverage comes seldom after it.
+FUZZ_S = "60"
+
+
+@nox.session(venv_backend="venv")
+def fuzz(session: nox.Session) -> None:
+    """Coverage-guided: every decoder of hostile bytes, then a whole replica; in an environment of its own, for atheris.
+
+    The argument is how many seconds each of the two goes on. What they find stays in the session's folder.
+    """
+    session.install("--quiet", "--editable", ".[dev,fuzz]")
+    limit = f"-max_total_time={session.posargs[0] if session.posargs else FUZZ_S}"
+    for target in ("decoders", "replica"):
+        corpus = session.create_tmp() + f"/{target}"
+        os.makedirs(corpus, exist_ok=True)
+        # A minute for one input is a hang; libFuzzer itself would wait for twenty.
+        session.run(
+            "python",
+            "-m",
+            "tests.fuzz.coverage_guided",
+            target,
+            limit,
+            "-timeout=60",
+            "-max_len=16384",
+            f"-artifact_prefix={corpus}/",
+            corpus,
+        )
 
 
 @nox.session

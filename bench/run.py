@@ -1,4 +1,4 @@
-"""`python -m bench.run [create] [idle] [state] [--small]`: figures, one scenario after the other."""
+"""`python -m bench.run [SCENARIO …] [--small]`: figures, one scenario after the other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import argparse
 import importlib
 import sys
 
-SCENARIOS = {"state": "bench.micro.state_core", "idle": "bench.macro.idle", "create": "bench.macro.create"}
+SCENARIOS = {
+    "state": "bench.micro.state_core",
+    "store": "bench.micro.store",
+    "join": "bench.micro.state_join",
+    "load": "bench.macro.state_load",
+    "failover": "bench.macro.state_failover",
+    "idle": "bench.macro.idle",
+    "create": "bench.macro.create",
+}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from formation import __version__
-from formation.cli import image, key, vm
+from formation.cli import account, image, key, network, op, state, value, vm, voter
 from formation.cli.command import HELP_NAMES, command
 from formation.cli.completion import EXAMPLES as COMPLETION_EXAMPLES
 from formation.cli.completion import print_completion
@@ -84,6 +84,14 @@ def _add_commands(app: typer.Typer) -> None:
     app.add_typer(vm.group, name="vm")
     app.add_typer(image.group, name="image")
     app.add_typer(key.group, name="key")
+    app.add_typer(account.group, name="account")
+    app.add_typer(account.grant_group, name="grant")
+    app.add_typer(value.group, name="value")
+    app.add_typer(value.claim_group, name="claim")
+    app.add_typer(network.group, name="network")
+    app.add_typer(voter.group, name="voter")
+    app.add_typer(state.group, name="state")
+    app.add_typer(op.group, name="op")
     command(app, "init", examples=INIT_EXAMPLES, common=False)(init)
     command(app, "node", examples=NODE_EXAMPLES, output=False, common=False)(run_node)
     command(app, "demo", examples=_DEMO_EXAMPLES, output=False, common=False)(_demo)

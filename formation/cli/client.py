@@ -87,6 +87,17 @@ class Client:
             raise self._nonsense("the answer to an intent names no object")
         return answer
 
+    def post_json(self, path: str, value: Any) -> Any:
+        """The JSON answer to a POST of JSON; the node may take its time until what was asked for is final.
+
+        Raises:
+          FormationError: the node's own error, or UnavailableError.
+        """
+        headers = {"Content-Type": "application/json"}
+        body = json.dumps(value).encode()
+        with self._request("POST", _url(path), body=body, headers=headers, timeout_s=INTENT_TIMEOUT_S) as response:
+            return self._json(response)
+
     def events(self, query: Mapping[str, str], *, timeout_s: float = STREAM_TIMEOUT_S) -> Iterator[ServerEvent | None]:
         """The event stream. The first item is None: the stream is open, nothing after this moment is missed.
 

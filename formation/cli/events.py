@@ -25,7 +25,7 @@ EXAMPLES = (
     "formation events -o wide              also positions, and each level by itself",
     "formation events --vm web -o jsonl    one VM's, for programs",
 )
-_TOPICS = Literal["node", "account", "image", "vm", "net"]
+_TOPICS = Literal["node", "account", "image", "vm", "net", "value", "claim", "committee"]
 _DETAIL_KEYS = ("reason", "why", "name", "image_name", "hypervisor", "desired", "boot_ms", "pulled_bytes", "label")
 
 
@@ -79,13 +79,21 @@ def _follow(cli: Cli, query: dict[str, str], since: str, show: _Lines) -> None:
             show.event(item.kind, item.data)
 
 
-# An event is told when it is observed and again when it is certified, with this much between them at most.
+# An event is told at each level that it reaches, with this much between them at most.
 TOLD_COUNT_MAX = 500
 
 
 def event_key(data: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What an event has in common with its second telling, at the level `certified`."""
+    """What an event has in common with its tellings at other levels."""
     return tuple(data.get(name) for name in ("verb", "object_id", "node_id", "account", "at_ms", "void"))
+
+
+def has_happened(data: Mapping[str, Any]) -> bool:
+    """Whether this telling is of something that took effect; what the spine decides does when it is final."""
+    from formation.core.event import EVENT_BY_VERB, OpClass
+
+    event = EVENT_BY_VERB.get(str(data.get("verb", "")))
+    return event is None or event.op_class is not OpClass.ORDERED or data.get("level") == "final" or bool(data.get("void"))
 
 
 class _Lines:
@@ -113,7 +121,7 @@ class _Lines:
             out.line(to_json_line(data)) if self.was_open else self._all.append(data)
         elif out.format is Format.JSONL:
             out.line(to_json_line(data))
-        elif out.format is Format.WIDE or event_key(data) not in self._told:
+        elif out.format is Format.WIDE or (has_happened(data) and event_key(data) not in self._told):
             self._told.append(event_key(data))
             out.line(event_line(data, self._names, color=out.color_out, wide=out.format is Format.WIDE))
 

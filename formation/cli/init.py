@@ -106,7 +106,10 @@ class _Init:
             except UsageError as error:
                 if not _is_single_draft(given):
                     raise UsageError(
-                        error.message, hint="a member of the network has the signed file; drafts are for formation demo"
+                        error.message,
+                        hint=error.hint
+                        if "network sign" in error.hint
+                        else "a member of the network has the signed file; drafts are for formation demo",
                     ) from error
         if existing is not None and given is not None and (joined is None or joined.network_id != existing.network_id):
             raise ConflictError(

@@ -12,6 +12,7 @@ import typer
 
 from formation.cli.command import command, new_group
 from formation.cli.context import Cli
+from formation.cli.keystore import Keystore
 from formation.cli.output import Column
 from formation.core.errors import FormationError
 
@@ -99,4 +100,5 @@ def _listed(name: str, path: Path) -> dict[str, Any]:
 
 
 def _shown(name: str, path: Path, key: Any) -> dict[str, Any]:
-    return {"name": name, "account_id": key.account_id, "public_key": key.public_key.hex(), "path": str(path)}
+    account_id = Keystore(path).account_id() if path.exists() else str(key.account_id)
+    return {"name": name, "account_id": account_id, "public_key": key.public_key.hex(), "path": str(path)}

@@ -24,7 +24,7 @@ from typing import NoReturn
 
 from formation.core.errors import EXIT_INTERRUPTED, FormationError
 
-_GROUPS = ("vm", "image", "key")
+_GROUPS = ("vm", "image", "key", "account", "grant", "value", "claim", "network", "voter", "state", "op")
 _JSON_FORMS = ("json", "jsonl")
 
 

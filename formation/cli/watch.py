@@ -229,7 +229,7 @@ class Watch:
         node = self._node(str(fields.get("node_id") or event.get("node_id", "")))
         match verb:
             case "vm.scheduled":
-                return f"placed on {node}"
+                return f"down on {node}: {fields['reason']}" if fields.get("reason") else f"placed on {node}"
             case "image.ready":
                 if fields.get("cached"):
                     return f"image is on {node} already"
@@ -259,7 +259,7 @@ class Watch:
 
 _WAITING_FIRST = {Goal.RUNNING: "a node to take it", Goal.STOPPED: "the guest to shut down", Goal.GONE: "its node to clean up"}
 _WAITING_AFTER = {
-    "vm.claimed": "the placement to be certified",
+    "vm.claimed": "the placement to be final",
     "vm.scheduled": "the image",
     "image.ready": "the network",
     "net.leased": "the machine",

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from formation.cli.keystore import Keystore, Signer
 from formation.core.errors import NotFoundError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
@@ -41,13 +42,14 @@ def make_permit(cli: Cli, vm_id: str) -> bytes:
         return b""
 
 
-def make_wish(cli: Cli, event: Event, *, object_id: str = "") -> Made:
+def make_wish(cli: Cli, event: Event, *, object_id: str = "", signer: Signer | None = None) -> Made:
     """Sign an event as an intent of the account; not sent yet.
 
     Args:
       cli: gives the key and the node, whose network the intent is for.
       event: what is wished.
       object_id: what it is about; empty where the wish makes a VM.
+      signer: another account or key than the configured one.
 
     Raises:
       NotFoundError, UsageError: no usable account key.
@@ -56,25 +58,27 @@ def make_wish(cli: Cli, event: Event, *, object_id: str = "") -> Made:
     from formation.core.event import event_body
     from formation.core.ids import trace_id_of, vm_id_of
 
-    wish = _sign(cli, verb=event.verb, body=event_body(event), object_id=object_id)
+    wish = _sign(cli, verb=event.verb, body=event_body(event), object_id=object_id, signer=signer)
     return Made(wish, object_id or vm_id_of(wish.digest), trace_id_of(wish.digest))
 
 
-def _sign(cli: Cli, *, verb: str, body: bytes, object_id: str) -> SignedIntent:
+def _sign(cli: Cli, *, verb: str, body: bytes, object_id: str, signer: Signer | None = None) -> SignedIntent:
     from formation.core.ids import NetworkId
     from formation.core.intent import LIFETIME_MS, NONCE_SIZE_BYTES, Intent, sign_intent
 
-    key = cli.key()
+    signer = signer or Keystore(cli.path("client.account_key")).signer()
+    key = signer.key
     network_id = NetworkId(_network_id(cli.client.get("/v1/status"), cli.client.host))
     now_ms = int(time.time() * _MS_PER_S)
     intent = Intent(
-        account=key.public_key,
+        account=signer.account_key,
         verb=verb,
         object_id=object_id,
         body=body,
         nonce=secrets.token_bytes(NONCE_SIZE_BYTES),
         created_ms=now_ms,
         expires_ms=now_ms + LIFETIME_MS,
+        key=key.public_key,
     )
     return sign_intent(key.sign, intent, network_id=network_id)
 

@@ -16,10 +16,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, NewType, TypeVar
+from functools import cache
+from typing import Any, NewType, TypeVar, cast
 
 import cbor2
 import msgspec
+import msgspec.inspect
 from nacl import bindings
 from nacl.exceptions import BadSignatureError
 
@@ -37,7 +39,7 @@ DEPTH_MAX = 16
 _COSE_SIGN1_TAG = 18
 # {1: -8}: alg = EdDSA (RFC 9053 section 2.2)
 _PROTECTED = bytes.fromhex("a10127")
-_NATIVE = (bytes,)
+NATIVE = (bytes,)
 
 
 class Context(StrEnum):
@@ -45,6 +47,11 @@ class Context(StrEnum):
 
     BLOCK = "block"
     ACK = "ack"
+    PROPOSAL = "proposal"
+    NOTARIZE = "notarize"
+    NULLIFY = "nullify"
+    FINALIZE = "finalize"
+    FREEZE = "freeze"
     INTENT = "intent"
     MANIFEST = "manifest"
 
@@ -63,7 +70,38 @@ def sha256(data: bytes) -> Hash:
 
 def encode(value: Any) -> bytes:
     """The deterministic CBOR of a Struct or of plain values."""
-    return cbor2.dumps(msgspec.to_builtins(value, builtin_types=_NATIVE), canonical=True)
+    return cbor2.dumps(_plain(value), canonical=True)
+
+
+def encode_plain(plain: Any) -> bytes:
+    """The deterministic CBOR of what a strict decoding gave for a field of type Any: that may be CBOR's own simple values."""
+    return cbor2.dumps(plain, canonical=True)
+
+
+def _plain(value: Any) -> Any:
+    return msgspec.to_builtins(value, builtin_types=NATIVE)
+
+
+@cache
+def has_defaults(as_type: Any) -> bool:
+    """Whether two encodings could give this type's value: with a defaulted field, and without."""
+    return __info_has_defaults(msgspec.inspect.type_info(as_type))
+
+
+def __info_has_defaults(info: Any) -> bool:
+    match info:
+        case msgspec.inspect.StructType(fields=fields):
+            return any(not field.required or __info_has_defaults(field.type) for field in fields)
+        case msgspec.inspect.VarTupleType(item_type=item) | msgspec.inspect.ListType(item_type=item):
+            return __info_has_defaults(item)
+        case msgspec.inspect.UnionType(types=types):
+            return any(map(__info_has_defaults, types))
+        case msgspec.inspect.BytesType() | msgspec.inspect.StrType() | msgspec.inspect.IntType() | msgspec.inspect.BoolType():
+            return False
+        case msgspec.inspect.NoneType() | msgspec.inspect.AnyType():
+            return False
+    # Whatever else a value may hold is compared the long way.
+    return True
 
 
 def decode(data: bytes, as_type: type[T], *, what: str = "") -> T:
@@ -75,12 +113,45 @@ def decode(data: bytes, as_type: type[T], *, what: str = "") -> T:
     name = what or as_type.__name__
     plain = _decode_plain(data, name)
     try:
-        value = msgspec.convert(plain, as_type, builtin_types=_NATIVE)
+        value = msgspec.convert(plain, as_type, builtin_types=NATIVE)
     except msgspec.ValidationError as exc:
         raise DecodeError(f"{name}: {exc}") from exc
-    # Catches trailing bytes, longer integer forms, unsorted keys and floats with a shorter form at once.
-    if encode(value) != data:
+    # Catches trailing bytes, longer integer forms, unsorted keys and floats with a shorter form at once. Where no field
+    # can be left to a default, the plain value will do.
+    if cbor2.dumps(_plain(value) if has_defaults(cast("Any", as_type)) else plain, canonical=True) != data:
         raise DecodeError(f"{name}: not in deterministic form")
+    return value
+
+
+def decode_arrays(data: bytes, as_type: type[T], *, what: str = "") -> T:
+    """As `decode`, for a type of arrays without defaults, three times as fast: most bytes of a network pass here.
+
+    The order of keys in maps (which only parts of type Any can hold) is the caller's to check.
+    """
+    name = what or as_type.__name__
+    plain = _decode_plain(data, name)
+    try:
+        value = msgspec.convert(plain, as_type, builtin_types=NATIVE)
+    except msgspec.ValidationError as exc:
+        raise DecodeError(f"{name}: {exc}") from exc
+    if cbor2.dumps(plain) != data:
+        raise DecodeError(f"{name}: not in deterministic form")
+    return value
+
+
+def convert(plain: Any, as_type: type[T], *, what: str) -> T:
+    """A plain part of a value that was decoded strictly already, as this type.
+
+    Raises:
+      DecodeError: not of that type; names the field.
+    """
+    try:
+        value = msgspec.convert(plain, as_type, builtin_types=NATIVE)
+    except msgspec.ValidationError as exc:
+        raise DecodeError(f"{what}: {exc}") from exc
+    # A field that is left to its default would be a second form of the same value.
+    if has_defaults(cast("Any", as_type)) and encode(value) != cbor2.dumps(plain, canonical=True):
+        raise DecodeError(f"{what}: not in deterministic form")
     return value
 
 
@@ -128,20 +199,18 @@ def parse_signed(raw: bytes) -> Signed:
     Raises:
       DecodeError: not a COSE_Sign1 with EdDSA in exactly our form.
     """
+    # All but the payload's length is constant: what is left to find out is where the payload ends.
+    if not raw.startswith(_SIGNED_HEAD) or len(raw) < len(_SIGNED_HEAD) + 1 + _SIGNATURE_PART_SIZE_BYTES:
+        raise DecodeError("signed value: not a COSE_Sign1 with EdDSA")
+    payload_part = raw[len(_SIGNED_HEAD) : -_SIGNATURE_PART_SIZE_BYTES]
     try:
-        item = cbor2.loads(
-            raw, semantic_decoders=_REFUSED_TAGS, max_depth=4, allow_indefinite=False, allow_duplicate_keys=False
-        )
+        payload = cbor2.loads(payload_part, allow_indefinite=False)
     except (cbor2.CBORError, ValueError, TypeError, OverflowError, MemoryError, RecursionError) as exc:
         raise DecodeError(f"signed value: not CBOR: {exc}") from exc
-    match item:
-        case cbor2.CBORTag(tag=18, value=[bytes(protected), {**unprotected}, bytes(payload), bytes(signature)]) if (
-            protected == _PROTECTED and not unprotected and len(signature) == SIGNATURE_SIZE_BYTES
-        ):
-            if _assemble(payload, signature) != raw:
-                raise DecodeError("signed value: not in deterministic form")
-            return Signed(payload, signature, raw)
-    raise DecodeError("signed value: not a COSE_Sign1 with EdDSA")
+    signature = raw[-SIGNATURE_SIZE_BYTES:]
+    if not isinstance(payload, bytes) or _assemble(payload, signature) != raw:
+        raise DecodeError("signed value: not in deterministic form")
+    return Signed(payload, signature, raw)
 
 
 def signed_bytes(context: Context, *, network_id: NetworkId, payload: bytes, epoch: int | None = None) -> bytes:
@@ -175,5 +244,12 @@ def verify_ed25519(public_key: bytes, message: bytes, signature: bytes) -> bool:
     return True
 
 
+# Tag 18, array of four, the protected header, an empty map.
+_SIGNED_HEAD = b"\xd2\x84" + cbor2.dumps(_PROTECTED) + b"\xa0"
+assert cbor2.dumps(cbor2.CBORTag(_COSE_SIGN1_TAG, [_PROTECTED, {}])) == b"\xd2\x82" + _SIGNED_HEAD[2:]
+_SIGNATURE_HEAD = b"\x58\x40"
+_SIGNATURE_PART_SIZE_BYTES = len(_SIGNATURE_HEAD) + SIGNATURE_SIZE_BYTES
+
+
 def _assemble(payload: bytes, signature: bytes) -> bytes:
-    return cbor2.dumps(cbor2.CBORTag(_COSE_SIGN1_TAG, [_PROTECTED, {}, payload, signature]))
+    return _SIGNED_HEAD + cbor2.dumps(payload) + _SIGNATURE_HEAD + signature

@@ -42,7 +42,7 @@ TimeMs = Annotated[int, msgspec.Meta(ge=0, le=TIME_MS_MAX)]
 
 
 class Intent(msgspec.Struct, array_like=True, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
-    """One wish of one account; CBOR array of seven."""
+    """One wish of one account; CBOR array of eight."""
 
     account: Annotated[bytes, msgspec.Meta(min_length=PUBLIC_KEY_SIZE_BYTES, max_length=PUBLIC_KEY_SIZE_BYTES)]
     """32-byte Ed25519 key."""
@@ -57,6 +57,8 @@ class Intent(msgspec.Struct, array_like=True, frozen=True, kw_only=True, forbid_
     created_ms: TimeMs
     """By the account's clock."""
     expires_ms: TimeMs
+    key: Annotated[bytes, msgspec.Meta(min_length=PUBLIC_KEY_SIZE_BYTES, max_length=PUBLIC_KEY_SIZE_BYTES)]
+    """The 32-byte key that signs: the account's own until it is rotated."""
 
 
 class SignedIntent(msgspec.Struct, frozen=True, gc=False):
@@ -95,8 +97,10 @@ def parse_intent(raw: bytes) -> SignedIntent:
 
 
 def intent_signature_holds(verify: Verify, wish: SignedIntent, *, network_id: NetworkId) -> bool:
-    """Whether the account that the intent names signed it for this network."""
-    return signature_holds(verify, wish.intent.account, wish.signed, Context.INTENT, network_id=network_id)
+    """Whether the key that the intent names signed it for this network. Whether that key speaks for the account is the
+    state's to say (`state/accounts.py`).
+    """
+    return signature_holds(verify, wish.intent.key, wish.signed, Context.INTENT, network_id=network_id)
 
 
 def is_timely(intent: Intent, *, at_ms: int) -> bool:

@@ -2,14 +2,15 @@
 
 The manifest's identity is the SHA-256 of its deterministic CBOR; that is the network id, which every signature of the
 network covers. People keep it as TOML in `peers/`; the founders' signatures stand beside the value. A *draft* is the
-same file without keys: `formation demo` and `formation init` complete it.
+same file without keys: `formation demo` and `formation init` complete it. While founders on several machines sign, the
+file has all keys and some signatures (`Founding`); nothing but `formation network` takes it for a network before all have.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Genesis(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_field
     voters: tuple[Voter, ...]
 
 
-class Signature(msgspec.Struct, array_like=True, frozen=True):
+class Signature(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """One founder's signature over the genesis."""
 
     public_key: bytes
@@ -107,26 +108,81 @@ class Manifest:
         return 2 * self.fault_count_max + 1
 
     def to_toml(self) -> str:
-        """The file form; `parse_manifest` of it gives this manifest."""
-        lines = [
-            "# A Formation network. Give this file to whoever shall join; it holds no secret.",
-            f"# network id: {self.network_id.hex()}",
-            f"format = {self.genesis.format}",
-            f'name = "{self.name}"',
-            f"founded_ms = {self.genesis.founded_ms}",
-        ]
-        signature_of = {s.public_key: s.signature for s in self.signatures}
-        for voter in self.voters:
-            addresses = ", ".join(f'"{a}"' for a in voter.addresses)
-            lines += [
-                "",
-                "[[voter]]",
-                f'name = "{voter.name}"',
-                f'node_id = "{voter.node_id}"',
-                f"addresses = [{addresses}]",
-                f'signature = "{signature_of[voter.public_key].hex()}"',
-            ]
-        return "\n".join(lines) + "\n"
+        """The file form; `read_manifest` of it gives this manifest."""
+        return _to_toml(self.genesis, {s.public_key: s.signature for s in self.signatures})
+
+
+class Founding:
+    """A genesis that its founders are signing: some signatures may be missing still; immutable."""
+
+    def __init__(self, genesis: Genesis, signatures: Sequence[Signature] = ()) -> None:
+        """Check the genesis, and look at each signature.
+
+        Raises:
+          UsageError: the genesis is none; names what is wrong.
+        """
+        _check_genesis(genesis)
+        self.genesis = genesis
+        message = signed_bytes(Context.MANIFEST, network_id=self.network_id, payload=encode(genesis))
+        self.signatures = tuple(s for s in signatures if verify_ed25519(s.public_key, message, s.signature))
+        """Those that hold."""
+        good = {s.public_key for s in self.signatures}
+        given = {s.public_key for s in signatures}
+        self.missing = tuple(v.name for v in genesis.voters if v.public_key not in given)
+        """Founders who have not signed yet."""
+        self.invalid = tuple(v.name for v in genesis.voters if v.public_key in given - good)
+        """Founders whose signature is for something else: the file was changed after they signed."""
+
+    @cached_property
+    def network_id(self) -> NetworkId:
+        """SHA-256 of the genesis."""
+        return NetworkId(sha256(encode(self.genesis)))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every founder has signed this very genesis."""
+        return not self.missing and not self.invalid
+
+    def sign(self, key: KeyPair) -> Founding:
+        """The same with this founder's signature.
+
+        Raises:
+          NotFoundError: the key is no founder's.
+        """
+        if all(voter.public_key != key.public_key for voter in self.genesis.voters):
+            raise NotFoundError(
+                f"{key.node_id} is not one of the founders of {self.genesis.name!r}",
+                hint="formation network node-id prints this machine's; the file must name it",
+            )
+        value = sign_value(key.sign, Context.MANIFEST, network_id=self.network_id, payload=encode(self.genesis))
+        others = (s for s in self.signatures if s.public_key != key.public_key)
+        return Founding(self.genesis, (*others, Signature(key.public_key, value.signature)))
+
+    def to_toml(self) -> str:
+        """The file form; `read_founding` of it gives this again, and `read_manifest` too, once all have signed."""
+        return _to_toml(self.genesis, {s.public_key: s.signature for s in self.signatures})
+
+
+def _to_toml(genesis: Genesis, signature_of: Mapping[bytes, bytes]) -> str:
+    is_complete = all(voter.public_key in signature_of for voter in genesis.voters)
+    first = (
+        "# A Formation network. Give this file to whoever shall join; it holds no secret."
+        if is_complete
+        else "# A Formation network that its founders have not all signed yet: formation network sign FILE"
+    )
+    lines = [
+        first,
+        f"# network id: {sha256(encode(genesis)).hex()}",
+        f"format = {genesis.format}",
+        f'name = "{genesis.name}"',
+        f"founded_ms = {genesis.founded_ms}",
+    ]
+    for voter in genesis.voters:
+        addresses = ", ".join(f'"{a}"' for a in voter.addresses)
+        lines += ["", "[[voter]]", f'name = "{voter.name}"', f'node_id = "{voter.node_id}"', f"addresses = [{addresses}]"]
+        if voter.public_key in signature_of:
+            lines.append(f'signature = "{signature_of[voter.public_key].hex()}"')
+    return "\n".join(lines) + "\n"
 
 
 def found_network(name: str, *, voters: Sequence[tuple[str, KeyPair, Sequence[str]]], founded_ms: int) -> Manifest:
@@ -162,12 +218,40 @@ def read_manifest(path: Path) -> Manifest:
       NotFoundError: no such file.
       UsageError: names file and place.
     """
+    genesis, signatures = _read_genesis(path)
+    unsigned = [v.name for v in genesis.voters if all(s.public_key != v.public_key for s in signatures)]
+    if unsigned:
+        raise UsageError(
+            f"{path}: signature of {', '.join(unsigned)} is missing",
+            hint="its founders have not all signed: formation network sign, on the machine of each",
+        )
+    try:
+        return Manifest(genesis, signatures)
+    except UsageError as exc:
+        raise UsageError(f"{path}: {exc.message}", hint=exc.hint) from exc
+
+
+def read_founding(path: Path) -> Founding:
+    """The genesis in a TOML file with what signatures there are.
+
+    Raises:
+      NotFoundError: no such file.
+      UsageError: names file and place.
+    """
+    genesis, signatures = _read_genesis(path)
+    try:
+        return Founding(genesis, signatures)
+    except UsageError as exc:
+        raise UsageError(f"{path}: {exc.message}", hint=exc.hint) from exc
+
+
+def _read_genesis(path: Path) -> tuple[Genesis, list[Signature]]:
     document = _read_toml(path)
     rows = _voter_rows(path, document)
     voters, signatures = [], []
     for index, row in enumerate(rows, start=1):
         where = f"{path}: voter {index}"
-        node_id, signature_hex = row.get("node_id"), row.get("signature")
+        node_id, signature_hex = row.get("node_id"), row.get("signature", "")
         if not isinstance(node_id, str) or not isinstance(signature_hex, str):
             raise UsageError(
                 f"{where}: node_id or signature is missing",
@@ -178,17 +262,14 @@ def read_manifest(path: Path) -> Manifest:
         except (UsageError, ValueError) as exc:
             raise UsageError(f"{where}: {exc}", hint="copy the file again from whoever gave it to you") from exc
         voters.append(Voter(_text(where, row, "name"), public_key, _addresses(where, row)))
-        signatures.append(Signature(public_key, signature))
+        if "signature" in row:
+            signatures.append(Signature(public_key, signature))
     founded_ms = document.get("founded_ms")
     if not isinstance(founded_ms, int) or isinstance(founded_ms, bool):
         raise UsageError(
             f"{path}: founded_ms is missing or not a whole number", hint="copy the file again from whoever gave it to you"
         )
-    genesis = Genesis(FORMAT, _text(str(path), document, "name"), founded_ms, tuple(voters))
-    try:
-        return Manifest(genesis, signatures)
-    except UsageError as exc:
-        raise UsageError(f"{path}: {exc.message}", hint=exc.hint) from exc
+    return Genesis(FORMAT, _text(str(path), document, "name"), founded_ms, tuple(voters)), signatures
 
 
 def read_draft(path: Path) -> Draft:

@@ -118,6 +118,10 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     why: str
     hlc: int
     """Timestamp of the claim that won."""
+    fence: tuple[int, int]
+    """(height, index) at which it won: rises with every later placement; goes with every side effect of the holder."""
+    expires_ms: int
+    """End of the lease by the spine's time, milliseconds since the Unix epoch; 0: it has ended."""
 
 
 class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,7 +134,23 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     created_ms: int
     spec: VmSpec
     placement: Placement | None
+    """Whoever was placed last, whether the lease still runs or not."""
     status: VmStatus
+    labels: tuple[str, ...] = ()
+    descriptions: tuple[str, ...] = ()
+    """More than one: written at once by people who did not see each other's words."""
+
+
+class ValueRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A small fact that the services of one account share."""
+
+    account: str
+    key: str
+    value: bytes | None
+    """None: removed, or never written (a counter)."""
+    count: int
+    seen: tuple[bytes, ...]
+    """Dots of the live writes: what a removal made now must name."""
 
 
 class NodeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

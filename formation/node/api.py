@@ -40,6 +40,7 @@ from formation.core.units import format_size
 from formation.node.attach import Attach, AttachRequest
 from formation.node.door import INTENT_SIZE_MAX_BYTES, Door
 from formation.node.reads import Reads
+from formation.node.state_api import REQUEST_SIZE_MAX_BYTES, Ask, Download, StateApi, StateRoute
 from formation.node.stream import KEEP_ALIVE, KEEP_ALIVE_S, Filter, sse_change, sse_gap
 from formation.node.upload import inside, receive_context
 from formation.pack.service import BuildProgress, PackService
@@ -65,6 +66,9 @@ _HTTP_STATUS = {
     "host": 500,
     "failed": 500,
 }
+
+_OVER_TCP = "formation.over_tcp"
+"""Key of a request's scope: it came over TCP, with the token."""
 
 SendBytes = Callable[[bytes], Awaitable[None]]
 Application = Starlette
@@ -99,6 +103,7 @@ def make_api(parts: ApiParts) -> Application:
             Route("/v1/vms/{ref}/console/input", api.post_console_input, methods=["POST"]),
             Route("/v1/intents", api.post_intent, methods=["POST"]),
             Route("/v1/events", api.get_events),
+            *map(_state_route, StateApi(parts.reads).routes()),
         ],
         exception_handlers={
             FormationError: _formation_error,
@@ -130,7 +135,8 @@ class TokenGuard:
             }
             await JSONResponse(error, status_code=403)(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        # A token gives the API to programs elsewhere; what is this machine's operator's alone asks for this mark.
+        await self._app({**scope, _OVER_TCP: True}, receive, send)
 
     def _is_authorised(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
@@ -218,7 +224,7 @@ class _Api:
             expose=tuple((port, transport) for port, transport in config.expose),
         )
         await self._state.append_event(event, built.digest)
-        await self._door.wait_certified(await self._state.append_event(ImageHeld(), built.digest))
+        await self._door.say(ImageHeld(), built.digest)
         record = self._state.view.image(built.digest)
         assert record is not None
         text = f"{config.name} {built.digest[:19]} {format_size(built.size_bytes)}"
@@ -274,6 +280,27 @@ class _Api:
         vm = self._reads.find_vm(request.path_params["ref"])
         await self._attach.type(vm, await _body(request, CONSOLE_INPUT_SIZE_MAX_BYTES))
         return Response(status_code=204)
+
+
+def _state_route(route: StateRoute) -> Route:
+    async def endpoint(request: Request) -> Response:
+        ask = Ask(
+            path=request.path_params,
+            query=request.query_params,
+            body=await _body(request, REQUEST_SIZE_MAX_BYTES) if route.method == "POST" else b"",
+            is_local=_OVER_TCP not in request.scope,
+        )
+        answer = await route.handle(ask)
+        if not isinstance(answer, Download):
+            return JSONResponse(answer)
+
+        async def job(send: SendBytes) -> None:
+            async for chunk in answer.chunks:
+                await send(chunk)
+
+        return _StreamResponse(job, media_type=answer.media_type)
+
+    return Route(route.path, endpoint, methods=[route.method])
 
 
 async def _send_events(reads: Reads, send: SendBytes, *, wanted: Filter, since: int, follow: bool) -> None:

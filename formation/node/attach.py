@@ -30,6 +30,7 @@ from formation.core.errors import (
     UsageError,
     error_from_code,
 )
+from formation.core.grants import Role
 from formation.core.ids import NodeId
 from formation.core.intent import SignedIntent, check_intent, parse_intent
 from formation.core.spec import VmRecord
@@ -52,6 +53,9 @@ ANSWER_TIMEOUT_S = 10.0
 CHUNK_SIZE_BYTES = 16 * 1024
 # Each follows a console or log for as long as a person looks at it.
 SESSION_COUNT_MAX = 64
+
+
+_ROLE_OF = {"logs": Role.VIEWER, "console": Role.OPERATOR}
 
 
 class AttachRequest(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -191,13 +195,21 @@ class Attach:
             self._sessions -= 1
 
     def _permitted(self, request: AttachRequest) -> VmRecord:
-        """The VM that the permit is for, if its owner signed it and we hold it."""
+        """The VM that the permit is for, if we hold it and who signed has the role.
+
+        By the key in force: a permit names account and key, and anybody can sign with a key of their own in the owner's name.
+        """
         permit = _parse_permit(request.permit)
         now_ms = self._reads.clock.now_ns() // NS_PER_MS
         check_intent(verify_ed25519, permit, network_id=self._reads.manifest.network_id, now_ms=now_ms)
         vm = self._reads.find_vm(permit.intent.object_id)
-        if permit.intent.verb != PERMIT_VERB or permit.account_id != vm.owner:
+        role = self._reads.state.view.role(vm.vm_id, permit.account_id)
+        if permit.intent.verb != PERMIT_VERB or role is None or role < _ROLE_OF[request.kind]:
             raise DeniedError(f"only its owner may look into {vm.spec.name}", hint="use the account that made it")
+        if permit.intent.key != self._reads.state.replica.state.accounts.key_in_force(permit.account_id):
+            raise DeniedError(
+                "the permit is signed by a key that is not in force", hint="formation account show tells which is"
+            )
         if vm.placement is None or vm.placement.node_id != self._reads.node_id:
             raise ConflictError(f"{vm.spec.name} is not on this node any more", hint="try again")
         return vm

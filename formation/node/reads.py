@@ -1,8 +1,8 @@
 """The replicated state, and this node's own view of it, as the API's answers.
 
 What people see of a VM differs from the record in one point: `phase`. While the node that holds a VM is silent, its
-last word is not the truth any more; then the phase is `unknown` with the reason, and while nobody has claimed it, the
-allocator's reason stands in.
+last word is not the truth any more; then the phase is `unknown` with the reason; while nobody has claimed it, the
+allocator's reason stands in; and while its holder lost the lease, it is being placed again, and says why.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from formation.core.units import format_duration
 from formation.node.health import Liveness
 from formation.node.settings import NodeSettings
 from formation.p2p.service import P2pService
-from formation.state.service import StateService
+from formation.state.service import Level, StateService
+from formation.vmm.leases import LAPSED_REASON
 from formation.vmm.service import VmmService
 
 # A holder that is silent for less than this may be restarting; its VMs run on meanwhile.
 UNKNOWN_AFTER_S = 4.0
+# What NTP keeps by far; beyond it writes are held, and leases are shorter than they seem.
+CLOCK_AHEAD_WARNING_MS = 500
 _ENDED = (VmPhase.STOPPED, VmPhase.GONE, VmPhase.FAILED)
 
 
@@ -59,9 +62,9 @@ class Reads:
             "network": {
                 "id": self.manifest.network_id.hex(),
                 "name": self.manifest.name,
-                "voters": len(self.manifest.voters),
-                "quorum_size": self.manifest.quorum_size,
-                "fault_count_max": self.manifest.fault_count_max,
+                "voters": len(state.voters),
+                "quorum_size": state.quorum_size,
+                "fault_count_max": (len(state.voters) - 1) // 3,
             },
             "state": {
                 "has_quorum": state.has_quorum,
@@ -71,6 +74,11 @@ class Reads:
                 "lanes": state.lane_count,
                 "evidence_count": state.evidence_count,
                 "is_level": state.is_level,
+                "final_count": state.final_count,
+                "epoch": state.epoch,
+                "height": state.height,
+                "checkpoint_height": state.checkpoint_height,
+                "clock_ahead_ms": state.clock_ahead_ms,
                 "voters": [
                     {"name": v.name, "node_id": v.node_id, "online": v.is_online, "last_ack_age_s": v.last_ack_age_s}
                     for v in state.voters
@@ -105,6 +113,14 @@ class Reads:
         elif silent:
             warnings.append(
                 {"text": f"silent voters: {', '.join(silent)}", "hint": "formation node runs one; the network goes on without"}
+            )
+        if state.clock_ahead_ms > CLOCK_AHEAD_WARNING_MS:
+            warnings.append(
+                {
+                    "text": f"a block waits {state.clock_ahead_ms} ms for its time: some clock is wrong, this machine's or its "
+                    "author's",
+                    "hint": "set the clocks by NTP; formation state status shows the lanes",
+                }
             )
         host = self.vmm.host_report()
         if not host["hypervisor"]:
@@ -148,10 +164,19 @@ class Reads:
             if silent_s > UNKNOWN_AFTER_S and not self.liveness.is_live(holder):
                 phase = VmPhase.UNKNOWN
                 reason = f"node {self.node_name(holder)}, which runs it, has been silent for {format_duration(silent_s)}"
+            elif lapse := self._lapse_reason(record):
+                phase, reason = VmPhase.PLACING, lapse
         shown["phase"] = phase.value
         shown["reason"] = reason
         shown["node"] = self.node_name(record.placement.node_id) if record.placement else ""
         return shown
+
+    def _lapse_reason(self, record: VmRecord) -> str:
+        """Why a VM's holder ended it for want of a lease: its own word, which nobody may have certified, or what it knows."""
+        heard = self.state.view.vm(record.vm_id, Level.OBSERVED)
+        if heard is not None and heard.status.reason == LAPSED_REASON:
+            return LAPSED_REASON
+        return self.vmm.lapse_reason(record.vm_id)
 
     def image(self, record: ImageRecord) -> dict[str, Any]:
         """An image as the API shows it."""

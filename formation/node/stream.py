@@ -48,9 +48,21 @@ def change_json(change: Change) -> dict[str, Any]:
         "account": change.account,
         "at_ms": hlc_ms(change.hlc),
         "trace_id": change.trace_id,
+        "op": f"{change.lane.hex()}-{change.seq}-{change.index}" if change.lane else "",
         "void": change.void,
-        "fields": event_fields(change.event) if change.event is not None else {},
+        "fields": json_fields(event_fields(change.event)) if change.event is not None else {},
     }
+
+
+def json_fields(value: Any) -> Any:
+    """An event's fields as JSON has them: bytes in hex."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, dict):
+        return {name: json_fields(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_fields(item) for item in value]
+    return value
 
 
 def sse_change(change: Change) -> bytes:

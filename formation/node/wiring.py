@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass
 
 from formation.core.clock import Clock, SystemClock
+from formation.core.ids import NodeId, public_key_of_node
 from formation.core.keys import KeyPair
 from formation.core.manifest import Manifest, read_manifest
 from formation.core.spec import Resources
@@ -22,8 +23,8 @@ from formation.node.reads import Reads
 from formation.node.settings import NodeSettings, offered_capacity
 from formation.p2p.service import P2pService
 from formation.pack.service import PackService
+from formation.state.disk import DiskStore
 from formation.state.service import StateService
-from formation.state.sqlite import SqliteStore
 from formation.state.store import Store
 from formation.vmm.hypervisor import Hypervisor
 from formation.vmm.service import VmmService
@@ -77,7 +78,7 @@ async def build_node(settings: NodeSettings) -> Node:
         clock=SystemClock(),
         rng=rng,
         p2p=p2p,
-        store=SqliteStore(settings.data_dir / "state.db"),
+        store=DiskStore(settings.data_dir / "state"),
         pack=PackService(data_dir=settings.data_dir / "images", cache_dir=settings.cache_dir, p2p=p2p),
         hypervisor=await choose_hypervisor(settings.hypervisor, accelerator=settings.accelerator, data_dir=settings.data_dir),
     )
@@ -99,6 +100,11 @@ def assemble(
     """Wire the services to adapters that were chosen: real ones for a process, their twins for a test."""
     state = StateService(manifest=manifest, key=key, store=store, p2p=p2p, clock=clock, rng=rng)
     liveness = Liveness(own_id=key.node_id, clock=clock)
+
+    def may_host(node_id: NodeId) -> bool:
+        """One that was dismissed may be there still, and could claim nothing."""
+        return liveness.is_live(node_id) and state.replica.state.may_write(public_key_of_node(node_id))
+
     net = NetService(data_dir=settings.data_dir / "net", public_address=settings.public_address, rng=rng)
     vmm = VmmService(
         node_id=key.node_id,
@@ -108,7 +114,7 @@ def assemble(
         hypervisor=hypervisor,
         data_dir=settings.data_dir / "vms",
         capacity=capacity,
-        is_live=liveness.is_live,
+        is_live=may_host,
         clock=clock,
         rng=rng,
     )

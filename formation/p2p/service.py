@@ -123,14 +123,21 @@ class P2pService:
 
     # --- links -------------------------------------------------------------------------------------------------------
 
-    def send_frame(self, node_id: NodeId, frame: bytes) -> bool:
+    def send_frame(self, node_id: NodeId, frame: bytes, *, is_lazy: bool = False) -> bool:
         """Queue a frame of 1 to FRAME_SIZE_MAX_BYTES bytes for a voter; never blocks.
+
+        Args:
+          is_lazy: nobody waits for it: it may leave up to 10 ms later, with others.
 
         Returns:
           False: no link to it, or its queue is full; the frame is dropped, and the room above has to re-sync. True is
           no promise either: a link that breaks loses what was queued.
         """
-        return self._links.send_frame(node_id, frame)
+        return self._links.send_frame(node_id, frame, is_lazy=is_lazy)
+
+    def set_linked(self, linked: frozenset[NodeId]) -> None:
+        """Keep links to these peers from now on, and to no others: the committee changed."""
+        self._links.set_linked(linked)
 
     def on_frame(self, handler: FrameHandler) -> None:
         """Set the one receiver of frames; before `run`. Its slowness is back-pressure for that peer only."""

@@ -18,7 +18,7 @@ from formation.core.codec import (
     Sign,
     Signed,
     Verify,
-    decode,
+    decode_arrays,
     encode,
     parse_signed,
     sha256,
@@ -27,13 +27,14 @@ from formation.core.codec import (
 )
 from formation.core.errors import DecodeError
 from formation.core.ids import NetworkId
+from formation.core.manifest import VOTER_COUNT_MAX
 from formation.state.lane import SEQ_MAX, Head, LaneId, check_head
 
-EPOCH = 0
-"""Of the founding committee; membership change raises it."""
 # 1,024 heads are 90 KiB; a voter with more moved lanes signs a second ack.
 ACK_HEAD_COUNT_MAX = 1024
 ACK_SIZE_MAX_BYTES = 128 * 1024
+# One change a second for 130 years.
+EPOCH_MAX = (1 << 32) - 1
 
 
 class Ack(msgspec.Struct, array_like=True, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
@@ -70,8 +71,8 @@ def sign_ack(sign: Sign, ack: Ack, *, network_id: NetworkId) -> AckEntry:
     return AckEntry(ack, signed, sha256(signed.raw))
 
 
-def parse_ack(raw: bytes, *, voter_count: int) -> AckEntry:
-    """An ack from a peer, its signature not yet checked.
+def parse_ack(raw: bytes) -> AckEntry:
+    """An ack from a peer, its signature not yet checked, nor whether its epoch is ours and has such a voter.
 
     Raises:
       DecodeError: not an ack, or out of bounds.
@@ -79,11 +80,9 @@ def parse_ack(raw: bytes, *, voter_count: int) -> AckEntry:
     if len(raw) > ACK_SIZE_MAX_BYTES:
         raise DecodeError(f"ack of {len(raw)} bytes, the limit is {ACK_SIZE_MAX_BYTES}")
     signed = parse_signed(raw)
-    ack = decode(signed.payload, Ack)
-    if ack.epoch != EPOCH:
-        raise DecodeError(f"ack: epoch {ack.epoch}, this is {EPOCH}")
-    if ack.voter not in range(voter_count) or ack.n not in range(1, SEQ_MAX + 1):
-        raise DecodeError("ack: no such voter or number")
+    ack = decode_arrays(signed.payload, Ack)
+    if ack.epoch not in range(EPOCH_MAX + 1) or ack.voter not in range(VOTER_COUNT_MAX) or ack.n not in range(1, SEQ_MAX + 1):
+        raise DecodeError("ack: epoch, voter or number out of bounds")
     if len(ack.heads) not in range(1, ACK_HEAD_COUNT_MAX + 1):
         raise DecodeError(f"ack: {len(ack.heads)} heads, allowed are 1 to {ACK_HEAD_COUNT_MAX}")
     for head in ack.heads:
@@ -136,10 +135,6 @@ class Tally:
         """(voter, raw ack) of all that confirmed our chain up to this number."""
         return tuple((v, self._confirming[v]) for v, c in enumerate(self._confirmed) if c >= seq and self._confirming[v])
 
-    def has_stray(self, seq: int) -> bool:
-        """Whether a voter that confirmed our chain up to this number has its newest ack elsewhere, as far as we can see."""
-        return any(c >= seq and self._confirming[v] != self._heads_raw[v] for v, c in enumerate(self._confirmed))
-
     def is_claimed(self, seq: int) -> bool:
         """Whether a quorum acknowledged *some* block of this number: ours, unless the author forked its lane."""
         return self.has_quorum(sum(head is not None and head.seq >= seq for head in self.heads))
@@ -174,13 +169,9 @@ class AckBook:
         self._entries: dict[Hash, AckEntry] = {}
         self._newest: dict[tuple[int, LaneId], AckEntry] = {}
 
-    def put(self, entry: AckEntry, lanes: Iterable[LaneId]) -> tuple[Hash, ...]:
-        """Make `entry` its voter's newest word for these lanes.
-
-        Returns:
-          Hashes of acks that nothing needs any more.
-        """
-        voter, dropped = entry.ack.voter, []
+    def put(self, entry: AckEntry, lanes: Iterable[LaneId]) -> None:
+        """Make `entry` its voter's newest word for these lanes."""
+        voter = entry.ack.voter
         entry = self._entries.setdefault(entry.hash, entry)
         for lane in lanes:
             old = self._newest.get((voter, lane))
@@ -190,9 +181,16 @@ class AckBook:
                 old.lane_count -= 1
                 if old.lane_count == 0:
                     del self._entries[old.hash]
-                    dropped.append(old.hash)
-        return tuple(dropped)
 
     def newest(self, voter: int, lane: LaneId) -> AckEntry | None:
         """The voter's newest ack for a lane."""
         return self._newest.get((voter, lane))
+
+    def forget(self, lane: LaneId, *, voter_count: int) -> None:
+        """Nothing of this lane needs proof any more: all of it is final."""
+        for voter in range(voter_count):
+            old = self._newest.pop((voter, lane), None)
+            if old is not None:
+                old.lane_count -= 1
+                if old.lane_count == 0:
+                    del self._entries[old.hash]

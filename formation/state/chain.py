@@ -1,11 +1,13 @@
 """One lane as one replica knows it: the chain, what waits to join it, and what stands against it.
 
-Theory. `certified` is the last block that 2f+1 voters acknowledged: fixed for ever. Above it stands our `chain`, blocks
-that we accepted and that are not certified yet. A block joins at the chain's head only (`waiting` holds those that came
-early, or whose time or deps are not due). A signed block that contradicts our chain makes *evidence*: the lane freezes,
-we never acknowledge in it again, and it grows here only by what a quorum acknowledged. If the quorum acknowledged the
-other branch, `adopt` puts that branch in the place of ours; certified blocks never move, because two certificates for
-one number would need a correct voter that acknowledged both (design/state section 3).
+Theory. `certified` is the last block that 2f+1 voters acknowledged: fixed for ever. Below it, down to `final` (the
+last block that the spine has covered), stands the `tail`: certified blocks that wait for their place in the order.
+Above it stands our `chain`, blocks that we accepted and that are not certified yet. A block joins at the chain's head
+only (`waiting` holds those that came early, or whose time or deps are not due). A signed block that contradicts our
+chain makes *evidence*: the lane freezes, we never acknowledge in it again, and it grows here only by what a quorum
+acknowledged. If the quorum acknowledged the other branch, `adopt` puts that branch in the place of ours; certified
+blocks never move, because two certificates for one number would need a correct voter that acknowledged both
+(design/state section 3).
 """
 
 from __future__ import annotations
@@ -20,13 +22,10 @@ from formation.state.lane import NO_HASH, Entry, Evidence, Head, LaneId, lane_ke
 # design/state section 7. What one lane may hold of every voter's memory before a quorum has confirmed it.
 WINDOW_COUNT_MAX = 64
 WINDOW_SIZE_MAX_BYTES = 4 * 1024 * 1024
-# While we catch up, the acks that prove a stretch stand at most one window behind its end, and proofs are kept at every
-# half window: so a chain may grow to this, where a quorum has been there before us.
-CATCH_UP_COUNT_MAX = 4 * WINDOW_COUNT_MAX
-CATCH_UP_SIZE_MAX_BYTES = 4 * WINDOW_SIZE_MAX_BYTES
-# How often the acks that made a certificate are kept on disk, for those who come later.
-PROOF_COUNT = WINDOW_COUNT_MAX // 2
-PROOF_SIZE_BYTES = 1024 * 1024
+# While we catch up, the newest acks stand on blocks that we do not have yet, as far ahead as a busy lane gets before the
+# spine covers it (a second at 1,000 blocks a second); where a quorum has been before us, a chain may grow to this.
+CATCH_UP_COUNT_MAX = 1024
+CATCH_UP_SIZE_MAX_BYTES = 8 * WINDOW_SIZE_MAX_BYTES
 # Blocks of other branches, kept while we find out which branch the quorum took; one window for each of two forks.
 SIDE_COUNT_MAX = 2 * WINDOW_COUNT_MAX
 
@@ -41,26 +40,25 @@ class Lane:
         "certified_seq",
         "chain",
         "chain_size_bytes",
+        "closing_seq",
         "evidence",
+        "final_hash",
+        "final_seq",
         "head_hash",
         "head_hlc",
         "head_seq",
         "id",
         "is_doubtful",
         "node_id",
-        "proof_seq",
-        "proof_size_bytes",
         "public_key",
         "side",
+        "tail",
         "tally",
-        "voter",
         "waiting",
     )
 
-    def __init__(self, lane: LaneId, *, voter: int, voter_count: int, quorum_size: int) -> None:
+    def __init__(self, lane: LaneId, *, voter_count: int, quorum_size: int) -> None:
         self.id = lane
-        self.voter = voter
-        """Index of its author in the committee."""
         self.public_key = lane_key(lane)
         self.node_id: NodeId = node_id_of(self.public_key)
         self.certified_seq = 0
@@ -69,6 +67,9 @@ class Lane:
         self.head_seq = 0
         self.head_hash: Hash = NO_HASH
         self.head_hlc = 0
+        self.final_seq = 0
+        self.final_hash: Hash = NO_HASH
+        self.tail: dict[int, Entry] = {}
         self.chain: dict[int, Entry] = {}
         self.chain_size_bytes = 0
         self.waiting: dict[int, Entry] = {}
@@ -76,10 +77,8 @@ class Lane:
         self.tally = Tally(voter_count=voter_count, quorum_size=quorum_size)
         self.acked_seq = 0
         """Highest number that this node acknowledged, or is about to when its commit is through."""
-        self.proof_seq = 0
-        """Certified number of the last proof that was kept."""
-        self.proof_size_bytes = 0
-        """Certified since."""
+        self.closing_seq: int | None = None
+        """We voted for the lane's end at this number: nothing above it is acknowledged here any more."""
         self.evidence: Evidence | None = None
         self.is_doubtful = False
         """Something does not fit: ask peers for the branch from the certified block on."""
@@ -136,18 +135,6 @@ class Lane:
         if entry is not None and entry.hash == head.hash:
             self.tally.confirm(voter, head.seq, raw)
 
-    @property
-    def is_proof_due(self) -> bool:
-        """Whether it is time to keep the acks that certify what is certified now.
-
-        Now and then; and where the newest acks, which are kept anyway, would not prove it by themselves.
-        """
-        if self.certified_seq == self.proof_seq:
-            return False
-        if self.evidence is not None or self.tally.has_stray(self.certified_seq):
-            return True
-        return self.certified_seq - self.proof_seq >= PROOF_COUNT or self.proof_size_bytes >= PROOF_SIZE_BYTES
-
     def put_ack(self, voter: int, head: Head, raw: bytes) -> bool:
         """Keep a voter's ack if it is newer.
 
@@ -166,25 +153,94 @@ class Lane:
         self.tally.confirm(voter, head.seq)
         return True
 
+    def confirm_behind(self) -> None:
+        """Count acks of blocks that wait behind our head: they acknowledge it too.
+
+        Else two lanes whose waiting blocks name one another's heads as deps would wait for ever: each head's last acks stand
+        on blocks that join only once the other head is certified.
+        """
+        for voter, acked in enumerate(self.tally.heads):
+            if acked is None or acked.seq <= self.head_seq or self.tally.is_confirmed(voter, self.head_seq):
+                continue
+            seq, hash_ = acked.seq, acked.hash
+            while seq > self.head_seq and (entry := self.waiting.get(seq)) is not None and entry.hash == hash_:
+                seq, hash_ = seq - 1, entry.block.prev
+            if seq == self.head_seq and hash_ == self.head_hash:
+                self.tally.confirm(voter, seq)
+
     def certify_nowait(self) -> tuple[Entry, ...]:
-        """Move what a quorum acknowledged from the chain below the certified head; in order."""
+        """Move what a quorum acknowledged from the chain into the tail; in order."""
+        return self.certify_up_to(self.tally.certified_seq())
+
+    def certify_up_to(self, last_seq: int) -> tuple[Entry, ...]:
+        """Move the chain's blocks up to this number into the tail: a quorum acknowledged them, or a final cut covers them."""
         done = []
-        for seq in range(self.certified_seq + 1, self.tally.certified_seq() + 1):
+        for seq in range(self.certified_seq + 1, last_seq + 1):
             entry = self.chain.pop(seq)
             self.chain_size_bytes -= len(entry.raw)
-            self.proof_size_bytes += len(entry.raw)
+            self.tail[seq] = entry
             self.certified_seq, self.certified_hash, self.certified_hlc = seq, entry.hash, entry.block.hlc
             done.append(entry)
         if done and self.side:
             self.side = {h: e for h, e in self.side.items() if e.block.seq > self.certified_seq}
         return tuple(done)
 
-    def recover_certified(self) -> None:
-        """The block above the certified one was certified before we restarted; our store says so."""
-        entry = self.chain.pop(self.certified_seq + 1)
-        self.chain_size_bytes -= len(entry.raw)
-        self.proof_seq = entry.block.seq
-        self.certified_seq, self.certified_hash, self.certified_hlc = entry.block.seq, entry.hash, entry.block.hlc
+    def find(self, seq: int, hash_: bytes) -> Entry | None:
+        """The block of this number and hash, wherever it stands above what is final."""
+        for entry in (self.tail.get(seq), self.chain.get(seq), self.waiting.get(seq)):
+            if entry is not None and entry.hash == hash_:
+                return entry
+        return self.side.get(Hash(hash_))
+
+    def certified_hash_at(self, seq: int) -> bytes | None:
+        """Hash of the certified block of this number; None if it is not certified here, or below what is kept."""
+        if seq == self.final_seq:
+            return self.final_hash
+        entry = self.tail.get(seq)
+        return None if entry is None else entry.hash
+
+    def accepted_hash_at(self, seq: int) -> bytes | None:
+        """Hash of the block of this number on our chain, certified or not; None below what is kept and above the head."""
+        entry = self.chain.get(seq)
+        return entry.hash if entry is not None else self.certified_hash_at(seq)
+
+    def take_branch(self, branch: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+        """Make these blocks, which follow the certified one, the chain's beginning: the final order says so.
+
+        Returns:
+          (blocks that left the chain, blocks that joined it).
+        """
+        kept = 0
+        while kept < len(branch) and (own := self.chain.get(branch[kept].block.seq)) is not None:
+            if own.hash != branch[kept].hash:
+                break
+            kept += 1
+        if kept == len(branch):
+            return (), ()
+        return self._replace_from(branch[kept].block.seq), self._join(branch[kept:])
+
+    def make_final(self, seq: int) -> tuple[Entry, ...]:
+        """Let go of the tail up to this number: its operations have their place in the order."""
+        done = tuple(self.tail.pop(s) for s in range(self.final_seq + 1, seq + 1))
+        if done:
+            self.final_seq, self.final_hash = seq, done[-1].hash
+        return done
+
+    def cut_chain(self, seq: int) -> None:
+        """Drop the chain from this number on: another branch takes its place."""
+        assert seq > self.certified_seq
+        self._replace_from(seq)
+
+    def recover_final(self, seq: int, hash_: bytes, hlc: int) -> None:
+        """Begin at this block: a snapshot holds what is at and below it."""
+        self.final_seq = self.certified_seq = self.head_seq = self.acked_seq = seq
+        self.final_hash = self.certified_hash = self.head_hash = Hash(hash_)
+        self.certified_hlc = self.head_hlc = hlc
+
+    def change_committee(self, *, voter_count: int, quorum_size: int) -> None:
+        """A new epoch begins: acks of the old one count no more, and what is certified stays."""
+        self.tally = Tally(voter_count=voter_count, quorum_size=quorum_size)
+        self.acked_seq = self.certified_seq
 
     def put_side(self, entry: Entry) -> None:
         """Keep a block of another branch. When full, start anew: the next pull brings the quorum's branch in one piece."""
@@ -217,23 +273,31 @@ class Lane:
         if kept == len(branch):
             self._confirm_branch(branch, voters)
             return (), ()
-        first = branch[kept].block.seq
-        gone = tuple(self.chain.pop(seq) for seq in range(first, self.head_seq + 1))
+        gone = self._replace_from(branch[kept].block.seq)
+        joined = self._join(branch[kept:])
+        self._confirm_branch(branch, voters)
+        return gone, joined
+
+    def _replace_from(self, first_seq: int) -> tuple[Entry, ...]:
+        gone = tuple(self.chain.pop(seq) for seq in range(first_seq, self.head_seq + 1))
         self.chain_size_bytes -= sum(len(e.raw) for e in gone)
-        below = self.chain.get(first - 1)
+        below = self.chain.get(first_seq - 1)
         if below is not None:
-            self.head_seq, self.head_hash, self.head_hlc = first - 1, below.hash, below.block.hlc
+            self.head_seq, self.head_hash, self.head_hlc = first_seq - 1, below.hash, below.block.hlc
         else:
             self.head_seq, self.head_hash, self.head_hlc = self.certified_seq, self.certified_hash, self.certified_hlc
         self.tally.reset_confirmed(self.head_seq)
-        for entry in branch[kept:]:
+        return gone
+
+    def _join(self, branch: tuple[Entry, ...]) -> tuple[Entry, ...]:
+        for entry in branch:
             self.append(entry)
             self.side.pop(entry.hash, None)
-            if self.waiting.get(entry.block.seq) is entry:
+            waiting = self.waiting.get(entry.block.seq)
+            if waiting is not None and waiting.hash == entry.hash:
                 del self.waiting[entry.block.seq]
-        self._confirm_branch(branch, voters)
         self.is_doubtful = False
-        return gone, branch[kept:]
+        return branch
 
     def _confirm_branch(self, branch: tuple[Entry, ...], voters: Mapping[int, bytes]) -> None:
         """These voters' acks stand at the branch's end or behind it, on blocks that need not be on our chain."""

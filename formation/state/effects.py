@@ -6,13 +6,15 @@ others wait for: what must not leave before it is durable comes out of the `Stor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from formation.core.event import Topic
 from formation.core.ids import NodeId
-from formation.state.feed import Change
+from formation.state.feed import Row
 from formation.state.lane import LaneId
-from formation.state.store import Batch
+from formation.state.op import PlainOp
+from formation.state.store import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,7 @@ class Submit:
     """Write these operations, all of one kind, as our next block. Only while `Replica.has_room`."""
 
     kind: Topic
-    ops: tuple[bytes, ...]
+    ops: tuple[PlainOp, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,14 @@ class RangeReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class SpineReceived:
+    """A peer's answer about the spine: frames in the order in which they are to be taken."""
+
+    node_id: NodeId
+    frames: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CommitReady:
     """The store is idle: give it what has gathered."""
 
@@ -58,7 +68,7 @@ class Tick:
     """Time went on: look at what waits for it."""
 
 
-Input = Submit | FrameReceived | RangeReceived | CommitReady | Stored | Tick
+Input = Submit | FrameReceived | RangeReceived | SpineReceived | CommitReady | Stored | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +77,43 @@ class Send:
 
     frame: bytes
     kind: str
-    """Topic of a block, or `ack` or `evidence`: where gossip carries it to those who do not vote."""
+    """Topic of a block, or `ack`, `spine` or `evidence`: where gossip carries it to those who do not vote."""
+    awaited_by: frozenset[NodeId] | None = None
+    """Who waits for it; None: everybody. To others it may leave a little later, with more."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendTo:
+    """Frames for one node: what lifts it to where we are."""
+
+    node_id: NodeId
+    frames: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The state as of a certified checkpoint, for the store to begin its journal at."""
+
+    height: int
+    meta: bytes
+    buckets: Mapping[int, bytes]
+    """Those that changed since the checkpoint before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Make this durable, then say Stored."""
+    """Make this durable, then say Stored. With a checkpoint, the records are the journal's new beginning."""
 
-    batch: Batch
+    number: int
+    records: tuple[Record, ...]
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Notify:
     """Changes for those who follow; their positions are durable."""
 
-    changes: tuple[Change, ...]
+    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +124,17 @@ class Certified:
 
 
 @dataclass(frozen=True, slots=True)
+class Finalised:
+    """Heights were applied."""
+
+    height: int
+    own: tuple[tuple[int, tuple[str, ...]], ...]
+    """(number, why each operation is void) of our own lane's blocks that became final."""
+
+
+@dataclass(frozen=True, slots=True)
 class WakeAt:
-    """Tick at this time (nanoseconds since the epoch): a block is held until then."""
+    """Tick at this time (nanoseconds since the epoch)."""
 
     at_ns: int
 
@@ -104,6 +145,13 @@ class SyncWanted:
 
 
 @dataclass(frozen=True, slots=True)
+class Diverged:
+    """2f+1 voters agree on another state than ours: this replica is damaged and must not go on."""
+
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """A peer, or the author of what it passed on, broke a rule."""
 
@@ -111,4 +159,4 @@ class Fault:
     reason: str
 
 
-Effect = Send | Commit | Notify | Certified | WakeAt | SyncWanted | Fault
+Effect = Send | SendTo | Commit | Notify | Certified | Finalised | WakeAt | SyncWanted | Diverged | Fault

@@ -18,8 +18,9 @@ MESSAGE_SIZE_MAX_BYTES = 480 * 1024
 OUTBOX_SIZE_MAX_BYTES = 2 * 1024 * 1024
 MESSAGE_FRAME_COUNT_MAX = 1024
 TOPIC_ACK = "ack"
+TOPIC_SPINE = "spine"
 TOPIC_EVIDENCE = "evidence"
-TOPICS = (*(topic.value for topic in Topic), TOPIC_ACK, TOPIC_EVIDENCE)
+TOPICS = (*(topic.value for topic in Topic), TOPIC_ACK, TOPIC_SPINE, TOPIC_EVIDENCE)
 
 
 def topic_name(network_id: NetworkId, topic: str) -> str:

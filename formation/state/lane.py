@@ -9,7 +9,7 @@ How blocks join a chain is `chain.py`'s matter.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NewType
+from typing import TYPE_CHECKING, Any, NewType
 
 import msgspec
 
@@ -21,7 +21,9 @@ from formation.core.codec import (
     Signed,
     Verify,
     decode,
+    decode_arrays,
     encode,
+    encode_plain,
     parse_signed,
     sha256,
     sign_value,
@@ -33,7 +35,7 @@ from formation.core.ids import PUBLIC_KEY_SIZE_BYTES, NetworkId
 from formation.state.op import OP_SIZE_MAX_BYTES
 
 if TYPE_CHECKING:
-    from formation.state.fold import Judged
+    from formation.state.judge import Judged
 
 LaneId = NewType("LaneId", bytes)
 
@@ -59,7 +61,7 @@ class Head(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=T
 
 
 class SpineRef(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
-    """A height of the spine: array of two. Until the spine exists only the genesis is valid: (0, network id)."""
+    """A final height of the spine and its proposal's hash: array of two. The genesis is (0, network id)."""
 
     height: int
     hash: bytes
@@ -79,8 +81,8 @@ class Block(msgspec.Struct, array_like=True, frozen=True, kw_only=True, forbid_u
     """Certified heads of other lanes that advanced since the author's last block."""
     kind: str
     """Topic: the one kind of event in this block, and its gossip topic."""
-    ops: tuple[bytes, ...]
-    """CBOR of each Op."""
+    ops: tuple[Any, ...]
+    """Plain operations (see `op`)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +93,7 @@ class Entry:
     signed: Signed
     hash: Hash
     judged: tuple[Judged, ...] | None = field(default=None)
-    """Its operations, decoded and judged once for both levels."""
+    """Its operations, decoded and judged by themselves, once, when somebody first looks."""
 
     @property
     def raw(self) -> bytes:
@@ -129,9 +131,9 @@ def lane_incarnation(lane: bytes) -> bytes:
 
 
 def sign_block(sign: Sign, block: Block, *, network_id: NetworkId) -> Entry:
-    """A block of our own."""
+    """A block of our own, read back from its bytes: what we fold must be what everybody else reads there."""
     signed = sign_value(sign, Context.BLOCK, network_id=network_id, payload=encode(block))
-    return Entry(block, signed, sha256(signed.raw))
+    return Entry(decode_arrays(signed.payload, Block), signed, sha256(signed.raw))
 
 
 def parse_block(raw: bytes, *, network_id: NetworkId) -> Entry:
@@ -143,13 +145,16 @@ def parse_block(raw: bytes, *, network_id: NetworkId) -> Entry:
     if len(raw) > BLOCK_SIZE_MAX_BYTES:
         raise DecodeError(f"block of {len(raw)} bytes, the limit is {BLOCK_SIZE_MAX_BYTES}")
     signed = parse_signed(raw)
-    block = decode(signed.payload, Block)
+    block = decode_arrays(signed.payload, Block)
     check_head(block.lane, block.seq, block.prev)
     if block.hlc not in range(1 << 64):
         raise DecodeError("block: hlc out of range")
     if block.hlc < int.from_bytes(lane_incarnation(block.lane)[:8], "big"):
         raise DecodeError("block: older than its lane")
-    if block.spine_ref.height != 0 or block.spine_ref.hash != network_id:
+    ref = block.spine_ref
+    if ref.height not in range(SEQ_MAX + 1) or len(ref.hash) != HASH_SIZE_BYTES:
+        raise DecodeError("block: spine_ref out of bounds")
+    if ref.height == 0 and ref.hash != network_id:
         raise DecodeError("block: spine_ref is not the genesis of this network")
     if block.kind not in _KINDS:
         raise DecodeError("block: unknown kind")
@@ -161,7 +166,7 @@ def parse_block(raw: bytes, *, network_id: NetworkId) -> Entry:
             raise DecodeError("block: depends on its own lane")
     if len(block.ops) not in range(1, BLOCK_OP_COUNT_MAX + 1):
         raise DecodeError(f"block: {len(block.ops)} operations, allowed are 1 to {BLOCK_OP_COUNT_MAX}")
-    if max(map(len, block.ops)) > OP_SIZE_MAX_BYTES:
+    if len(raw) > OP_SIZE_MAX_BYTES and max(len(encode_plain(op)) for op in block.ops) > OP_SIZE_MAX_BYTES:
         raise DecodeError(f"block: an operation above {OP_SIZE_MAX_BYTES} bytes")
     return Entry(block, signed, sha256(raw))
 

@@ -1,52 +1,81 @@
 """One operation: an event about an object, with the account's intent where an account is its writer.
 
-Inside a block an operation is a byte string of its own deterministic CBOR. So a block is decoded and chained without
-looking into it, operations are decoded once and late, and an undecodable one is void by itself while the block, which
-its author signed properly, stands (design/state section 3, rule 2).
+Inside a block an operation is a nested array of plain CBOR, so that a block is decoded, and its form compared, in one go
+whatever the number of its operations. What a single operation says is looked at later and by itself: one that makes no
+sense is void, while the block, which its author signed properly, stands (design/state section 3, rule 2).
 """
 
 from __future__ import annotations
 
-import msgspec
+from typing import Any
 
-from formation.core.codec import decode, encode
-from formation.core.event import Event, event_body
+from formation.core.errors import DecodeError
+from formation.core.event import Event, OpClass, event_fields
+from formation.core.ids import PUBLIC_KEY_SIZE_BYTES
 from formation.core.intent import SignedIntent
 
 # design/state section 2. One operation is one record's change; larger data belongs into a blob.
 OP_SIZE_MAX_BYTES = 64 * 1024
 
-CLASS_COMMUTATIVE = "C"
-"""The only class until the spine exists; any other is void."""
+PlainOp = list[Any]
+"""The array as it stands in a block: [class, verb, object id, body, account, intent]."""
+_FIELD_COUNT = 6
 
 
-class Op(msgspec.Struct, array_like=True, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
-    """CBOR array of five."""
-
-    op_class: str
-    verb: str
-    """Tag of the event."""
-    object_id: str
-    body: bytes
-    """CBOR map of the event's fields; empty when an intent carries them."""
-    intent: bytes | None
-    """COSE_Sign1 of the account's Intent, or None where a node is the writer."""
+def event_op(event: Event, object_id: str) -> PlainOp:
+    """The operation by which a node writes an event about an object in its own name."""
+    return [event.op_class.value, event.verb, object_id, event_fields(event), None, None]
 
 
-def encode_event_op(event: Event, object_id: str) -> bytes:
-    """The operation by which a node writes an event about an object."""
-    return encode(Op(op_class=CLASS_COMMUTATIVE, verb=event.verb, object_id=object_id, body=event_body(event), intent=None))
+def delegated_op(event: Event, object_id: str, *, account: bytes) -> PlainOp:
+    """The operation by which a node writes an event in an account's name, under a delegation."""
+    return [event.op_class.value, event.verb, object_id, event_fields(event), account, None]
 
 
-def encode_intent_op(wish: SignedIntent, object_id: str) -> bytes:
-    """The operation that carries an account's intent about `object_id` (see `fold.object_id_of`)."""
-    return encode(Op(op_class=CLASS_COMMUTATIVE, verb=wish.intent.verb, object_id=object_id, body=b"", intent=wish.signed.raw))
+def intent_op(wish: SignedIntent, object_id: str, *, op_class: OpClass) -> PlainOp:
+    """The operation that carries an account's intent about `object_id` (see `judge.object_id_of`)."""
+    return [op_class.value, wish.intent.verb, object_id, None, None, wish.signed.raw]
 
 
-def decode_op(raw: bytes) -> Op:
-    """The operation in these bytes.
+def check_plain(plain: Any) -> tuple[str, str, str, dict[str, Any] | None, bytes | None, bytes | None]:
+    """(class, verb, object id, body, account, intent) of a block's plain item, if each has the right type.
+
+    - class: `C` or `O`, the event's own, said here so that nobody need know a verb to know when it takes effect;
+    - verb: tag of the event;
+    - body: the event's fields; None when an intent carries them;
+    - account: 32-byte key of the account in whose name the author writes under a delegation; None: in its own name;
+    - intent: COSE_Sign1 of the account's Intent, or None where a node is the writer.
 
     Raises:
       DecodeError: not an operation.
     """
-    return decode(raw, Op)
+    if type(plain) is list and len(plain) == _FIELD_COUNT:
+        op_class, verb, object_id, body, account, intent = plain
+        if (
+            type(op_class) is str
+            and type(verb) is str
+            and type(object_id) is str
+            and (body is None or type(body) is dict)
+            and (account is None or (type(account) is bytes and len(account) == PUBLIC_KEY_SIZE_BYTES))
+            and (intent is None or (type(intent) is bytes and body is None and account is None))
+        ):
+            return op_class, verb, object_id, body, account, intent
+    raise DecodeError("not an operation")
+
+
+def estimated_size_bytes(plain: PlainOp) -> int:
+    """An upper bound of what the operation takes in its block: for packing blocks without encoding twice."""
+    return 64 + sum(map(_estimate, plain))
+
+
+def _estimate(value: Any) -> int:
+    match value:
+        case str():
+            return 9 + 4 * len(value)
+        case bytes():
+            return 9 + len(value)
+        case dict():
+            return 9 + sum(_estimate(k) + _estimate(v) for k, v in value.items())
+        case list() | tuple():
+            return 9 + sum(map(_estimate, value))
+    return 9

@@ -2,88 +2,146 @@
 
     effects = replica.handle(event, now_ns)
 
-Rules (design/state sections 2, 3, 5):
-1. A block joins its lane iff it decodes, its author votes, the signature holds, it follows the head, its time rises and
-   is at most 500 ms ahead (later: it is *held*, never refused), and its deps are certified here. What a quorum has
-   acknowledged at that number need not pass our clock, our deps and our window again: else a slow clock, or a long
-   absence, would shut us out. (Should the author have forked its lane there, `chain.adopt_nowait` mends it.)
-2. We acknowledge a lane only while it is its key's newest incarnation, no evidence stands against it, and its key is not
-   banned. Never two hashes for one (lane, seq): the chain at and below `acked_seq` changes only in a frozen lane.
-3. Block and own ack are one commit; the ack leaves, and counts, on `Stored`. Our own block leaves before its commit:
-   after an unclean end we open a new lane, so nobody can make us contradict it.
-4. The author's operations are judged by the fold, never by acceptance.
-5. Everything certified, observed, acknowledged is rebuilt from the feed in its order (`recover_*`).
+It joins the parts, each of which keeps its own rules: `lanes` (blocks, acknowledgements, certificates), `spine` (Simplex
+over cuts), `order` (from a cut to blocks), `fold` (from blocks to state), `checkpoint` (state root), `membership` (the
+next committee). What it adds:
 
-Only voters' nodes write. Any other node is an observer: it verifies, folds and serves everything, and reads only.
-A voter never acknowledges an older incarnation once it has seen a newer one; blocks of the older that no quorum
-acknowledged stay observed (the spine's CLOSE settles them with the state-layer issue).
+1. **When what is told.** A block is *observed* when it joins its chain, *certified* when 2f+1 voters acknowledged it, its
+   operations are *final* when the spine's cut that covers it is applied. Each has its place in the feed.
+2. **Journal before word** (I9). Everything that must not be forgotten goes into one list of records in the order in which
+   it happened; what may leave only when it is durable (acks, votes, proposals, freezes, the feed) waits for the `Stored`
+   that answers the `Commit` with those records. Recovery plays the records back through the same code.
+3. **The spine on demand.** A height is wanted while a certified class-O operation is uncovered, certified data is older
+   than COVER_MS, a checkpoint's root is not agreed on, or a change of the committee is under way. Else nothing is sent.
+4. **Checkpoints.** When one is due (the same height everywhere), the state's buckets and root are taken; when 2f+1 voters
+   have finalised that very root, the journal begins anew there. Should they finalise another, this replica is damaged: it
+   says `Diverged` and must not go on.
+5. **Lanes end** when the spine closes them: a leader names lanes that their key has left behind or forked, once no voter
+   is known to have acknowledged more of them than is certified; a voter accepts that only if it has not either, and
+   acknowledges nothing above from then on. Two quorums share a correct voter, so nothing certified is cut off.
+
+Only voters and admitted nodes write; any other node is an observer, which verifies, folds and serves everything.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
 
-from formation.core.clock import NS_PER_MS, Hlc, hlc_ms, hlc_tick
-from formation.core.codec import Hash, Sign, Verify, encode
+from formation.core.clock import NS_PER_MS
+from formation.core.codec import Hash, Sign, Verify, decode, encode
 from formation.core.errors import DecodeError
+from formation.core.event import Effect as EventEffect
+from formation.core.event import RecordKind, Seat
 from formation.core.ids import NetworkId, NodeId
-from formation.state.ack import ACK_HEAD_COUNT_MAX, EPOCH, Ack, AckBook, AckEntry, ack_signature_holds, parse_ack, sign_ack
-from formation.state.chain import WINDOW_COUNT_MAX, Lane
+from formation.state import spine as spine_effects
+from formation.state.ack import AckEntry
+from formation.state.checkpoint import SnapshotHead, StateTree, is_checkpoint_due
+from formation.state.claims import SPINE_BEHIND_MS_MAX
 from formation.state.effects import (
     Certified,
+    Checkpoint,
     Commit,
     CommitReady,
+    Diverged,
     Effect,
     Fault,
+    Finalised,
     FrameReceived,
     Input,
     Notify,
     RangeReceived,
     Send,
+    SendTo,
+    SpineReceived,
     Stored,
     Submit,
     SyncWanted,
     Tick,
     WakeAt,
 )
-from formation.state.feed import Change, Level
-from formation.state.fold import Fold, IntentVerifier, Judged, judge_block
-from formation.state.lane import (
-    DEPS_COUNT_MAX,
-    Block,
-    Entry,
-    Evidence,
-    Head,
-    LaneId,
-    SpineRef,
-    block_signature_holds,
-    lane_id,
-    lane_incarnation,
-    lane_key,
-    make_incarnation,
-    parse_block,
-    parse_evidence,
-    sign_block,
+from formation.state.feed import Change, Level, Row
+from formation.state.final_chain import FinalChain, epoch_of, parse_final_chain
+from formation.state.fold import CELL_KINDS, State
+from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EVIDENCE, FRAME_FREEZE
+from formation.state.handover import Handing, covered_heads
+from formation.state.joining import Snapshot
+from formation.state.judge import IntentVerifier, Judged, judge_block
+from formation.state.lane import Entry, Head, LaneId, SpineRef
+from formation.state.lanes import Lanes
+from formation.state.membership import CommitteeState, FreezeEntry
+from formation.state.order import Covered, Missing, cover
+from formation.state.positions import Positions
+from formation.state.spine import Base, ChainWanted, Extras, Journal, Promise, Spine, Verdict, VoterEvidence
+from formation.state.spine_values import (
+    CUT_LANE_COUNT_MAX,
+    CheckpointRef,
+    FinalEntry,
+    Kind,
+    Proposal,
+    ProposalEntry,
+    VoteEntry,
+    parse_final,
+    parse_proposal,
+    parse_vote,
 )
-from formation.state.store import AckRow, Batch, BlockRow, FeedRow, ProofRow, ReplayedRow
-from formation.state.sync import FrontierIndex, FrontierRow, Range
+from formation.state.store import Record
+from formation.state.sync import Range, SnapshotOffer
 from formation.state.view import View
 
-FRAME_BLOCK = b"\x01"
-FRAME_ACK = b"\x02"
-FRAME_EVIDENCE = b"\x03"
-# A fast honest clock is delayed by what it is fast beyond this, never refused (design/state section 3, rule 1).
-AHEAD_MS_MAX = 500
-# A node that restarts every ten seconds for a week; checkpoints will let go of old lanes. About 1 KiB each.
-LANES_PER_KEY_MAX = 65_536
-# Two of our own incarnations are at least this far apart, whatever the clock did between them.
-LANE_OPEN_INTERVAL_MS = 100
-# Acks that came before their lane's first block; what falls out comes back by sync.
-ORPHAN_ACK_COUNT_MAX = 4
-# Two full blocks exceed a frame; such evidence travels by sync.
-EVIDENCE_FRAME_SIZE_MAX_BYTES = 300 * 1024
+# Certified data is covered by the spine within this time; below it a cut would be spent on a handful of blocks.
+COVER_MS = 1_000
+# A lane that its author left is closed no sooner than this after the leader saw it quiet: acks on their way arrive.
+CLOSE_QUIET_MS = 2_000
+# Lanes closed by one proposal: half a committee of 31 restarted at once; the rest is closed by the next.
+CLOSE_COUNT_MAX = 16
+# So many lanes left behind are worth a height of their own, though nothing else asks for one: nodes that restart often.
+CLOSE_WANTED_COUNT = 16
+# Final heights whose hashes are known to check a block's spine_ref: minutes at a thousand heights a second.
+REF_COUNT_MAX = 65_536
+META_FORMAT = 1
+
+
+class RecordKindOf(IntEnum):
+    """Kinds of journal records; where a frame carries the same bytes it has the same number."""
+
+    BLOCK = 1
+    """COSE_Sign1 of a block that joined its chain."""
+    ACK = 2
+    """COSE_Sign1 of our own ack."""
+    EVIDENCE = 3
+    PROPOSAL = 4
+    NOTARIZE = 5
+    NULLIFY = 6
+    FINALIZE = 7
+    FREEZE = 8
+    VOTES = 9
+    """CBOR of Votes: a certificate."""
+    FINAL = 10
+    """CBOR of a FinalCertificate: proves the newest applied height."""
+    RISEN = 11
+    """CBOR [lane, seq]: certified up to here."""
+    APPLIED = 12
+    """COSE_Sign1 of the proposal whose height was applied."""
+    LINK = 13
+    """CBOR of the FinalChain of the height applied just before, an epoch's last."""
+    PROOF = 14
+    """CBOR of the FinalChain that vouches for the checkpoint at which the journal begins."""
+
+
+_SPINE_RECORDS = frozenset((RecordKindOf.PROPOSAL, RecordKindOf.NOTARIZE, RecordKindOf.NULLIFY, RecordKindOf.FINALIZE))
+_KEPT_RECORDS = _SPINE_RECORDS | {
+    RecordKindOf.ACK,
+    RecordKindOf.EVIDENCE,
+    RecordKindOf.FREEZE,
+    RecordKindOf.FINAL,
+    RecordKindOf.VOTES,
+}
+_SPINE_FRAMES = frozenset(map(int, Kind))
+# Roots of the newest due checkpoints: a proposal may carry one that the next has overtaken.
+ROOT_COUNT_MAX = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,512 +149,786 @@ class ReplicaConfig:
     """Who we are among whom."""
 
     network_id: NetworkId
-    voters: tuple[bytes, ...]
-    """32-byte keys, in the committee's order."""
-    quorum_size: int
+    founders: tuple[Seat, ...]
+    """The committee of epoch 0."""
     public_key: bytes
 
 
 @dataclass(slots=True)
-class _Pending:
-    """What has gathered for the next commit."""
+class _Gathered:
+    """What waits for the next commit, and what its durability sets free."""
 
-    blocks: list[BlockRow]
-    acks: list[AckRow]
-    dropped: list[bytes]
-    evidence: list[tuple[bytes, bytes]]
-    feed: list[FeedRow]
-    unseated: list[bytes]
-    proofs: list[ProofRow]
-    changes: list[Change]
+    records: list[Record] = field(default_factory=list)
+    promises: list[Promise] = field(default_factory=list)
+    freezes: list[FreezeEntry] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Final:
+    """A final proposal with what proves it."""
+
+    entry: ProposalEntry
+    chain: tuple[ProposalEntry, ...]
+    """From it up to the certificate's, that included."""
+    certificate: FinalEntry
 
     @property
-    def is_empty(self) -> bool:
-        return not (self.blocks or self.acks or self.evidence or self.feed or self.unseated or self.proofs)
+    def height(self) -> int:
+        return self.entry.proposal.height
+
+    @property
+    def proof(self) -> FinalChain:
+        return FinalChain(tuple(each.raw for each in self.chain[:-1]), self.certificate.raw)
+
+
+@dataclass(slots=True)
+class _Capture:
+    """A checkpoint that is due here and waits for a quorum to agree on its root."""
+
+    height: int
+    root: Hash
+    meta: bytes
+    buckets: dict[int, bytes]
+    head: SnapshotHead
+    records: list[Record]
+    """All that happened since, after what was not final then."""
+    is_agreed: bool = False
+    proof: bytes = b""
+    """CBOR of the FinalChain whose first proposal carries the root."""
+
+
+@dataclass(frozen=True, slots=True)
+class _InCommit:
+    acks: tuple[AckEntry, ...]
+    promises: tuple[Promise, ...]
+    freezes: tuple[FreezeEntry, ...]
+    rows: tuple[Row, ...]
+    own_seq: int
+    capture: _Capture | None
 
 
 class Replica:
-    """One node's copy of everything. Construct, recover, `open_lane`, then `handle`."""
+    """One node's copy of everything. Construct, `recover_*`, `open_lane`, then `handle`."""
 
     def __init__(self, config: ReplicaConfig, *, sign: Sign, verify: Verify) -> None:
         self._config = config
         self._sign = sign
         self._verify = verify
         self._intent_verifier = IntentVerifier(verify, network_id=config.network_id)
-        self._voter_of = {key: index for index, key in enumerate(config.voters)}
-        self.voter = self._voter_of.get(config.public_key)
-        """Our own index in the committee; None: an observer."""
-        self._lanes: dict[LaneId, Lane] = {}
-        self._newest: dict[bytes, bytes] = {}
-        """Newest incarnation of each key."""
-        self._lane_counts: dict[bytes, int] = {}
-        self._banned: set[bytes] = set()
-        self._evidence_raw: dict[LaneId, bytes] = {}
-        self._book = AckBook()
-        self._ack_n = 0
-        self._own: Lane | None = None
-        self._hlc = 0
-        self._dep_candidates: dict[LaneId, None] = {}
-        """Lanes whose certified head moved since our last block, in that order."""
-        self._to_ack: dict[LaneId, None] = {}
-        self._waiting_for: dict[LaneId, set[LaneId]] = {}
-        """Lane → lanes of which a block waits for its certificates."""
-        self._held: dict[LaneId, int] = {}
-        """Lane → when (ns) its next block is due."""
-        self._certified = Fold()
-        self._observed = Fold()
-        self.view = View(certified=self._certified, observed=self._observed)
-        self.index = FrontierIndex()
+        self.tree = StateTree()
+        self.state = State(CommitteeState(config.founders), genesis_hash=config.network_id, read_item=self.tree.get)
+        self.lanes = Lanes(
+            network_id=config.network_id,
+            public_key=config.public_key,
+            committee=self.state.committee.committee,
+            order=self,
+            sign=sign,
+            verify=verify,
+        )
+        self.spine = self._make_spine(
+            Base(height=0, hash=config.network_id, time_ms=0, cut={}, closed=()),
+        )
+        self._former: Spine | None = None
+        """Of the epoch before: those who have not heard of its end yet still ask for it."""
+        self.links: list[bytes] = []
+        """CBOR of the FinalChain that ended each epoch."""
+        self.handing = self._make_handing()
+        self.view = View(self.state, self)
+        self.positions = Positions()
+        """Where blocks stand in the final order, as far back as is remembered: for people."""
+        self._final_hashes: dict[int, bytes] = {0: config.network_id}
+        self._queue: deque[_Final] = deque()
+        """Final proposals that are not applied yet: their blocks may be missing here."""
+        self._missing: Missing | None = None
+        self.newest_final: FinalEntry | None = None
+        """Proves the newest final height to anybody."""
+        self.checkpoint_head: SnapshotHead | None = None
+        """Of the checkpoint that the store holds: what a joiner is served."""
+        self._checkpoint_proof = b""
+        self._capture: _Capture | None = None
+        self._roots: dict[int, Hash] = {}
+        """Height → root of the newest checkpoints that were due here."""
+        self._ordered: dict[Hash, int] = {}
+        """Certified blocks above the final cut that hold class-O operations."""
+        self._uncovered_since_ns: int | None = None
+        self._quiet_since_ns: dict[LaneId, int] = {}
+        self._gathered = _Gathered()
+        self._in_commit: dict[int, _InCommit] = {}
+        self._commit_number = 0
         self._next_position = 1
-        self._pending = _Pending([], [], [], [], [], [], [], [])
-        self._batch_number = 0
-        self._in_commit: dict[int, tuple[tuple[AckEntry, ...], tuple[Change, ...], int]] = {}
-        self._out: list[Effect] = []
-        self._risen: dict[LaneId, None] = {}
         self.durable_own_seq = 0
-        self.last_ack_ns: dict[int, int] = {}
-        """Voter → when we last learnt of an ack of it."""
-        self._recovering: dict[Hash, Lane] = {}
-        """Hash → lane of replayed blocks that no replayed row has certified yet."""
-        self._orphans: dict[int, deque[bytes]] = {
-            voter: deque(maxlen=ORPHAN_ACK_COUNT_MAX) for voter in range(len(config.voters))
-        }
+        self._own_final: list[tuple[int, tuple[str, ...]]] = []
+        self._applied_height = 0
+        self._observed_index: dict[tuple[RecordKind, str], list[Judged]] | None = None
+        self._now_ns = 0
+        self._counts = [0, 0]
+        self._is_recovering = True
+
+    def _make_spine(self, base: Base) -> Spine:
+        committee = self.state.committee.committee
+        return Spine(
+            committee,
+            network_id=self._config.network_id,
+            voter=committee.index_of.get(self._config.public_key),
+            base=base,
+            oracle=self,
+            sign=self._sign,
+            verify=self._verify,
+        )
+
+    def _make_handing(self) -> Handing:
+        return Handing(self.state, self.lanes, network_id=self._config.network_id, sign=self._sign, verify=self._verify)
 
     # ── the one verb ────────────────────────────────────────────────────────────────────────────────────────────
 
     def handle(self, event: Input, now_ns: int) -> tuple[Effect, ...]:
         """Take one input; return what the shell must do, in order."""
-        assert not self._out
+        self._now_ns = now_ns
+        lanes = self.lanes
         match event:
             case FrameReceived(node_id, frame):
-                self._on_frame(node_id, frame, now_ns)
+                self._guarded(node_id, lambda: self._on_frame(frame))
             case RangeReceived():
-                self._on_range(event, now_ns)
+                self._guarded(event.node_id, lambda: self._on_range(event))
+            case SpineReceived():
+                self._guarded(event.node_id, lambda: self._on_spine(event))
             case Submit(kind, ops):
-                self._on_submit(kind, ops, now_ns)
+                lanes.submit(str(kind), ops, SpineRef(self.state.height, self.state.hash), now_ns)
             case CommitReady():
                 self._on_commit_ready()
             case Stored(number):
-                self._on_stored(number, now_ns)
+                self._on_stored(number)
             case Tick():
-                self._on_tick(now_ns)
-        if self._risen:
-            self._out.append(Certified(tuple(self._risen)))
-            self._risen = {}
-        out, self._out = tuple(self._out), []
+                lanes.tick(now_ns)
+                self.spine.tick(now_ns)
+                self._wake_to_cover()
+        self._settle()
+        out, lanes.out = tuple(lanes.out), []
         return out
 
-    # ── what the shell may ask ──────────────────────────────────────────────────────────────────────────────────
+    def _guarded(self, node_id: NodeId, take: Callable[[], None]) -> None:
+        try:
+            take()
+        except DecodeError as exc:
+            self.lanes.out.append(Fault(node_id, exc.message))
 
-    @property
-    def has_room(self) -> bool:
-        """Whether we may submit another block now: a window of uncertified ones is the limit, with or without a quorum."""
-        return self._own is not None and not self._own.is_full and self._own.evidence is None
+    def _on_frame(self, frame: bytes) -> None:
+        kind, value = frame[:1], frame[1:]
+        if kind == FRAME_BLOCK:
+            self.lanes.take_block(value, self._now_ns)
+        elif kind == FRAME_ACK:
+            self.lanes.take_ack(value, self._now_ns)
+        elif kind == FRAME_EVIDENCE:
+            self.lanes.take_evidence(value, self._now_ns)
+        elif kind == FRAME_FREEZE:
+            if self.handing.take(value):
+                self.lanes.out.append(Send(frame, "spine"))
+                self.spine.poke(self._now_ns)
+        elif kind and kind[0] in _SPINE_FRAMES:
+            self.spine.on_frame(Kind(kind[0]), value, self._now_ns)
+        else:
+            raise DecodeError(f"frame of unknown kind {kind.hex()}")
 
-    @property
-    def own_lane(self) -> LaneId | None:
-        """The lane of this process; None before `open_lane` and for observers."""
-        return None if self._own is None else self._own.id
+    def _on_range(self, event: RangeReceived) -> None:
+        lanes, now_ns = self.lanes, self._now_ns
+        try:
+            for raw in event.acks:
+                lanes.take_ack(raw, now_ns)
+            for raw in event.evidence:
+                lanes.take_evidence(raw, now_ns)
+            lanes.trust_backwards(event.blocks)
+            for raw in event.blocks:
+                lanes.take_block(raw, now_ns)
+            # Acks that prove a stretch of history stand on blocks that came just now.
+            for raw in event.acks:
+                lanes.take_ack(raw, now_ns)
+        finally:
+            # They prove a branch together with this answer's blocks or not at all; else liars could pile them up.
+            lanes.clear_extra()
 
-    @property
-    def own_head_seq(self) -> int:
-        """Number of our newest block in this process's lane."""
-        return 0 if self._own is None else self._own.head_seq
+    def _on_spine(self, event: SpineReceived) -> None:
+        frames = []
+        for frame in event.frames:
+            if frame[:1] == FRAME_FREEZE:
+                self._on_frame(frame)
+            elif frame and frame[0] in _SPINE_FRAMES:
+                frames.append((Kind(frame[0]), frame[1:]))
+        self.spine.take_frames(frames, self._now_ns)
+
+    # ── settling: from what moved to what follows ───────────────────────────────────────────────────────────────
+
+    def _settle(self) -> None:
+        """Until nothing moves: note what reached a level, let the spine look, apply what is final."""
+        while True:
+            self._note_levels()
+            has_risen = bool(self.lanes.risen)
+            if has_risen:
+                self.lanes.out.append(Certified(tuple(self.lanes.risen)))
+                self.lanes.risen = {}
+                self.spine.poke(self._now_ns)
+            effects = self.spine.drain()
+            for effect in effects:
+                self._take_spine_effect(effect)
+            if not self._apply_queue() and not effects and not has_risen:
+                break
+        if self._own_final or self._applied_height != self.state.height:
+            self._applied_height = self.state.height
+            own, self._own_final = tuple(self._own_final), []
+            self.lanes.out.append(Finalised(self.state.height, own))
+
+    def _note_levels(self) -> None:
+        if self.lanes.new_evidence:
+            for raw in self.lanes.new_evidence:
+                self._record(Record(RecordKindOf.EVIDENCE, raw))
+            self.lanes.new_evidence = []
+        log, self.lanes.log = self.lanes.log, []
+        if log:
+            self._observed_index = None
+        for level, entry in log:
+            block = entry.block
+            count = len(block.ops)
+            if level is Level.OBSERVED:
+                self._record(Record(RecordKindOf.BLOCK, entry.raw, block.lane, block.seq))
+                self._counts[0] += count
+            else:
+                self._record(Record(RecordKindOf.RISEN, encode([block.lane, block.seq])))
+                self._counts[1] += count
+                self._note_certified(entry)
+            self._tell(Row(position=self._next_position, count=count, level=level, entry=entry))
+
+    def _note_certified(self, entry: Entry) -> None:
+        judged = self.judged(entry)
+        ordered = 0
+        for op in judged:
+            if op.is_ordered:
+                ordered += 1
+            else:
+                self.state.certify(op)
+        if ordered:
+            self._ordered[entry.hash] = ordered
+        if self._uncovered_since_ns is None:
+            self._uncovered_since_ns = self._now_ns
+            self._wake_to_cover()
+
+    def _wake_to_cover(self) -> None:
+        """A shell may keep its earliest deadline only, so each tick tells ours again while it is ahead."""
+        if self._uncovered_since_ns is None or self._ordered:
+            return
+        # Not later than from now on, should the clock have been put back.
+        self._uncovered_since_ns = min(self._uncovered_since_ns, self._now_ns)
+        due_ns = self._uncovered_since_ns + COVER_MS * NS_PER_MS
+        if due_ns > self._now_ns:
+            self.lanes.out.append(WakeAt(due_ns))
+
+    def judged(self, entry: Entry) -> tuple[Judged, ...]:
+        """A block's operations, judged by themselves."""
+        return entry.judged or judge_block(entry, self._intent_verifier)
+
+    def _record(self, record: Record) -> None:
+        self._gathered.records.append(record)
+        if self._capture is not None:
+            self._capture.records.append(record)
+
+    def _tell(self, row: Row) -> None:
+        self._gathered.rows.append(row)
+        self._next_position += row.count
+
+    # ── the spine's effects ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _take_spine_effect(self, effect: spine_effects.Effect) -> None:
+        out = self.lanes.out
+        match effect:
+            case Journal(kind, raw):
+                self._record(Record(int(kind), raw))
+            case Promise():
+                self._record(Record(int(effect.kind), effect.raw))
+                self._gathered.promises.append(effect)
+                if isinstance(effect.entry, ProposalEntry):
+                    # Our own: the spine knows it only when it is stored, and our vote for it comes right behind.
+                    self._lock(effect.entry.proposal)
+                elif effect.kind is Kind.NOTARIZE:
+                    self._lock_closes(effect.raw)
+            case spine_effects.Send(kind, raw):
+                out.append(Send(bytes((kind,)) + raw, "spine"))
+            case spine_effects.SendTo(voter, frames):
+                node_id = self.state.committee.committee.node_ids[voter]
+                out.append(SendTo(node_id, tuple(bytes((kind,)) + raw for kind, raw in frames)))
+            case spine_effects.WakeAt(at_ns):
+                out.append(WakeAt(at_ns))
+            case spine_effects.Finalised():
+                self._note_final(effect)
+            case ChainWanted():
+                out.append(SyncWanted())
+            case VoterEvidence(voter):
+                node_id = self.state.committee.committee.node_ids[voter]
+                out.append(Fault(node_id, f"voted two ways in view {effect.view}"))
+
+    def _note_final(self, effect: spine_effects.Finalised) -> None:
+        self._record(Record(RecordKindOf.FINAL, effect.certificate.raw))
+        self.newest_final = effect.certificate
+        batch = (*effect.proposals, *effect.tail)
+        last = self._queue[-1].height if self._queue else self.state.height
+        self._queue.extend(
+            _Final(entry, batch[index:], effect.certificate)
+            for index, entry in enumerate(effect.proposals)
+            if entry.proposal.height > last
+        )
+
+    def _lock_closes(self, vote: bytes) -> None:
+        """We notarise a proposal that closes lanes: nothing of them above is acknowledged here any more."""
+        entry = self.spine.proposal(parse_vote(Kind.NOTARIZE, vote).vote.hash)
+        if entry is not None:
+            self._lock(entry.proposal)
+
+    def _lock(self, proposal: Proposal) -> None:
+        for head in proposal.closes:
+            self.lanes.vote_for_close(LaneId(head.lane), head.seq)
+
+    # ── the final order ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def _apply_queue(self) -> bool:
+        """Apply final heights as far as their blocks are here. True if one was."""
+        has_applied = False
+        while self._queue:
+            final = self._queue[0]
+            found = self._cover(final.entry.proposal)
+            if isinstance(found, Missing):
+                if self._missing is None or self._missing.hashes != found.hashes:
+                    self.lanes.out.append(SyncWanted())
+                self._missing = found
+                self.lanes.trust(found.hashes)
+                self.lanes.expect(found.ranges)
+                break
+            self._missing = None
+            for lane, branch in found.branches:
+                known = self.lanes.get(lane)
+                assert known is not None
+                above = tuple(block for block in branch if block.block.seq > known.certified_seq)
+                if above:
+                    self.lanes.certify_branch(lane, above, self._now_ns)
+            self._note_levels()
+            self._queue.popleft()
+            self._apply(final.entry, found, final)
+            has_applied = True
+        if has_applied:
+            self.lanes.clear_trust()
+            self.lanes.on_final_height(self._now_ns)
+            self._uncovered_since_ns = self._now_ns if self.lanes.uncovered else None
+            self._wake_to_cover()
+            self.spine.poke(self._now_ns)
+        return has_applied
+
+    def _cover(self, proposal: Proposal) -> Covered | Missing:
+        heads = (*proposal.cut, *proposal.closes, *covered_heads(proposal.handover)[0])
+        return cover(heads, lane_of=self.lanes.get, is_closed=self.state.is_closed)
+
+    def _apply(self, entry: ProposalEntry, covered: Covered, final: _Final | None) -> None:
+        proposal = entry.proposal
+        self._record(Record(RecordKindOf.APPLIED, entry.raw))
+        self.state.begin_height(
+            height=proposal.height, hash_=entry.hash, time_ms=proposal.time_ms, view=proposal.view, epoch=proposal.epoch
+        )
+        self._final_hashes[proposal.height] = entry.hash
+        self._final_hashes.pop(proposal.height - REF_COUNT_MAX, None)
+        own_id = None if self.lanes.own is None else self.lanes.own.id
+        decided: list[tuple[Judged, str]] = []
+        index = 0
+        for block in covered.blocks:
+            verdicts = []
+            for op in self.judged(block):
+                void = self.state.apply(op, index=index)
+                index += 1
+                verdicts.append(void)
+                if op.is_ordered or (void and not op.void):
+                    decided.append((op, void))
+            lane_id_, seq = LaneId(block.block.lane), block.block.seq
+            self.positions.note(lane_id_, seq, height=proposal.height, first_index=index - len(verdicts), verdicts=verdicts)
+            self._ordered.pop(block.hash, None)
+            if block.block.lane == own_id:
+                self._own_final.append((block.block.seq, tuple(verdicts)))
+        for lane_id_, branch in covered.branches:
+            lane = self.lanes.get(lane_id_)
+            assert lane is not None
+            last = branch[-1]
+            self.lanes.make_final(lane, last.block.seq)
+            self.state.end_lane(lane_id_, seq=last.block.seq, hash_=last.hash, hlc=last.block.hlc)
+        for head in (*proposal.closes, *covered_heads(proposal.handover)[1]):
+            self._close_lane(LaneId(head.lane))
+        self._observed_index = None
+        if decided:
+            self._tell(
+                Row(position=self._next_position, count=len(decided), level=Level.FINAL, entry=None, decided=tuple(decided))
+            )
+        if proposal.checkpoint is not None:
+            self._on_agreed(proposal.checkpoint, final)
+        if proposal.handover is not None:
+            self._hand_over(final)
+        self._capture_if_due(is_handover=proposal.handover is not None)
+        self._freeze()
+
+    # ── the committee ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _freeze(self) -> None:
+        frozen = None if self._is_recovering else self.handing.freeze()
+        if frozen is not None:
+            self._record(Record(RecordKindOf.FREEZE, frozen.raw))
+            self._gathered.freezes.append(frozen)
+
+    def _hand_over(self, final: _Final | None) -> None:
+        """The epoch's last height is applied: the next committee begins on it."""
+        state = self.state
+        if final is not None:
+            self.links.append(encode(final.proof))
+            self._record(Record(RecordKindOf.LINK, self.links[-1]))
+        state.committee.hand_over()
+        self.lanes.change_committee(state.committee.committee, self._now_ns)
+        self._former = self.spine
+        self.spine = self._make_spine(self._base())
+        self.handing = self._make_handing()
+
+    def _base(self) -> Base:
+        state = self.state
+        return Base(
+            height=state.height,
+            hash=state.hash,
+            time_ms=state.time_ms,
+            cut={lane: ended.seq for lane, ended in state.lanes.items()},
+            closed=(),
+            view=state.view if state.epoch == state.committee.committee.epoch else 0,
+        )
+
+    def former_spine(self, epoch: int) -> Spine | None:
+        """The spine of the epoch that ended last, if it is this one: those who will vote next need its last heights."""
+        return self._former if self._former is not None and self._former.epoch == epoch else None
+
+    def freeze_frames(self) -> tuple[bytes, ...]:
+        """Frames of the freezes that are here."""
+        return tuple(FRAME_FREEZE + raw for raw in self.handing.freezes())
+
+    def _close_lane(self, lane_id_: LaneId) -> None:
+        self.state.close_lane(lane_id_)
+        for lane in [*self.lanes.older(lane_id_), self.lanes.get(lane_id_)]:
+            if lane is None:
+                continue
+            for entry in lane.tail.values():
+                self._ordered.pop(entry.hash, None)
+            self.lanes.close(lane.id)
+            self.lanes.waiters_of_closed(lane.id, self._now_ns)
+            self._quiet_since_ns.pop(lane.id, None)
+
+    # ── checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _capture_if_due(self, *, is_handover: bool) -> None:
+        """A checkpoint is due by operations or time, and always where an epoch begins: joiners begin there too."""
+        state = self.state
+        if not is_handover and not is_checkpoint_due(
+            state.op_count - state.checkpoint_op_count, spine_ms=state.time_ms, checkpoint_ms=state.checkpoint_time_ms
+        ):
+            return
+        state.note_checkpoint()
+        self.tree.update(state.take_dirty())
+        state.cool()
+        root = self.tree.root()
+        buckets = {number: self.tree.bucket(number) for number in self.tree.dirty_buckets()}
+        self.tree.mark()
+        if self._capture is not None:
+            # The one before was never stored; its buckets still must be.
+            buckets = self._capture.buckets | buckets
+        base = self._base_records()
+        meta = encode([META_FORMAT, state.height, self._next_position, len(base), list(self._counts), self.links])
+        kept = [record for record in self._gathered.records if record.kind in _KEPT_RECORDS]
+        self._roots[state.height] = root
+        if len(self._roots) > ROOT_COUNT_MAX:
+            del self._roots[min(self._roots)]
+        self._capture = _Capture(state.height, root, meta, buckets, self.tree.head(state.height), [*base, *kept])
+
+    def _base_records(self) -> list[Record]:
+        """What a journal must begin with, now: blocks that are not final, what we promised, proofs."""
+        records = self._lane_records()
+        records.extend(Record(RecordKindOf.PROPOSAL, final.entry.raw) for final in self._queue)
+        records.extend(Record(int(kind), raw) for kind, raw in self.spine.journal_rows())
+        return records
+
+    def _lane_records(self) -> list[Record]:
+        """Blocks that are not final, and our word about lanes."""
+        records: list[Record] = []
+        for lane_id_ in {**self.lanes.uncovered, **self.lanes.uncertified}:
+            lane = self.lanes.get(lane_id_)
+            if lane is None:
+                continue
+            for seq, entry in (*sorted(lane.tail.items()), *sorted(lane.chain.items())):
+                records.append(Record(RecordKindOf.BLOCK, entry.raw, lane_id_, seq))
+            if lane.certified_seq > lane.final_seq:
+                records.append(Record(RecordKindOf.RISEN, encode([lane_id_, lane.certified_seq])))
+        records.extend(Record(RecordKindOf.ACK, raw) for raw in self.lanes.own_newest_acks())
+        records.extend(Record(RecordKindOf.EVIDENCE, raw) for raw in self.lanes.convictions())
+        if self.handing.own is not None:
+            records.append(Record(RecordKindOf.FREEZE, self.handing.own.raw))
+        return records
+
+    def _on_agreed(self, ref: CheckpointRef, final: _Final | None) -> None:
+        if self._roots.get(ref.height, ref.root) != ref.root:
+            self.lanes.out.append(Diverged(ref.height))
+        elif self._capture is not None and self._capture.height == ref.height:
+            self._capture.is_agreed = True
+            if final is not None:
+                self._capture.proof = encode(final.proof)
+                self._record(Record(RecordKindOf.PROOF, self._capture.proof))
+
+    # ── commits ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def needs_commit(self) -> bool:
         """Whether CommitReady would give the store something to do."""
-        return not self._pending.is_empty or any(self._is_ackable(self._lanes[lane]) for lane in self._to_ack)
+        gathered = self._gathered
+        return bool(gathered.records) or self.lanes.has_acks_to_sign or (self._capture is not None and self._capture.is_agreed)
+
+    def _on_commit_ready(self) -> None:
+        acks = self.lanes.sign_own_acks()
+        for ack in acks:
+            self._record(Record(RecordKindOf.ACK, ack.raw))
+        capture = self._capture if self._capture is not None and self._capture.is_agreed else None
+        gathered = self._gathered
+        if not gathered.records and capture is None:
+            return
+        self._gathered = _Gathered()
+        self._commit_number += 1
+        own_seq = 0 if self.lanes.own is None else self.lanes.own.head_seq
+        self._in_commit[self._commit_number] = _InCommit(
+            acks, tuple(gathered.promises), tuple(gathered.freezes), tuple(gathered.rows), own_seq, capture
+        )
+        if capture is None:
+            self.lanes.out.append(Commit(self._commit_number, tuple(gathered.records)))
+            return
+        self._capture = None
+        checkpoint = Checkpoint(capture.height, capture.meta, capture.buckets)
+        self.lanes.out.append(Commit(self._commit_number, tuple(capture.records), checkpoint))
+
+    def _on_stored(self, number: int) -> None:
+        done = self._in_commit.pop(number)
+        self.durable_own_seq = max(self.durable_own_seq, done.own_seq)
+        if done.rows:
+            self.lanes.out.append(Notify(done.rows))
+        for ack in done.acks:
+            self.lanes.on_own_ack_stored(ack, self._now_ns)
+        for promise in done.promises:
+            if _epoch_of(promise.entry) == self.spine.epoch:
+                self.spine.stored(promise, self._now_ns)
+        for frozen in done.freezes:
+            self.handing.count_own(frozen)
+            self.lanes.out.append(Send(FRAME_FREEZE + frozen.raw, "spine"))
+        if done.capture is not None:
+            self.checkpoint_head, self._checkpoint_proof = done.capture.head, done.capture.proof
+        if done.freezes:
+            self.spine.poke(self._now_ns)
+
+    # ── what the lanes ask of the order ─────────────────────────────────────────────────────────────────────────
+
+    def final_hash(self, height: int) -> bytes | None:
+        """See lanes.Order."""
+        return self._final_hashes.get(height)
+
+    def is_forgotten(self, height: int) -> bool:
+        """See lanes.Order."""
+        return height <= self.state.height and height not in self._final_hashes
+
+    def may_write(self, public_key: bytes) -> bool:
+        """See lanes.Order."""
+        return self.state.may_write(public_key)
+
+    def is_lane_closed(self, lane: LaneId) -> bool:
+        """See lanes.Order."""
+        return self.state.is_closed(lane)
+
+    # ── what the spine asks of us ───────────────────────────────────────────────────────────────────────────────
+
+    def is_wanted(self) -> bool:
+        """See spine.Oracle."""
+        if self._queue:
+            # What is final must be applied before more is asked for.
+            return False
+        if self._ordered:
+            return True
+        since_ns = self._uncovered_since_ns
+        if since_ns is not None and self.lanes.uncovered and self._now_ns >= since_ns + COVER_MS * NS_PER_MS:
+            return True
+        if (self._capture is not None and not self._capture.is_agreed) or self.state.committee.decision is not None:
+            return True
+        return self.lanes.superseded_count >= CLOSE_WANTED_COUNT and bool(self._closable())
+
+    def next_cut(self, parent_cut: Callable[[bytes], int]) -> tuple[Head, ...]:
+        """See spine.Oracle."""
+        moved = (lane for lane in map(self.lanes.get, self.lanes.uncovered) if lane is not None)
+        heads = sorted(
+            (lane.certified for lane in moved if lane.certified_seq > parent_cut(lane.id)), key=lambda head: head.lane
+        )
+        return tuple(heads[:CUT_LANE_COUNT_MAX])
+
+    def is_certified(self, head: Head) -> bool:
+        """See spine.Oracle."""
+        return self.lanes.is_certified(head)
+
+    def extras(self, parent_hash: bytes, height: int) -> Extras:
+        """See spine.Oracle."""
+        ref = None
+        if self._capture is not None and not self._capture.is_agreed:
+            ref = CheckpointRef(self._capture.height, self._capture.root)
+        if parent_hash == self.state.hash:
+            handover = self.handing.plan()
+            if handover is not None:
+                # What it covers is all that can be certified in this epoch: it needs no closes of ours beside.
+                return Extras(handover=handover)
+        # Voters may know of acks that we do not: after a view that failed, whatever need not be proposed is left out.
+        may_close = self.spine.view <= self.spine.final.view + 2
+        return Extras(closes=self._closable() if may_close else (), checkpoint=ref)
+
+    def _closable(self) -> tuple[Head, ...]:
+        """Lanes to close: left behind or forked, everything of them final, and quiet for a while."""
+        closes: list[Head] = []
+        open_keys: set[bytes] = set()
+        for lane in sorted(self.lanes.superseded(), key=lambda lane: lane.id):
+            if lane is self.lanes.own or not self.lanes.is_quiet(lane):
+                self._quiet_since_ns.pop(lane.id, None)
+                open_keys.add(lane.public_key)
+                continue
+            since_ns = self._quiet_since_ns.setdefault(lane.id, self._now_ns)
+            if self._now_ns - since_ns < CLOSE_QUIET_MS * NS_PER_MS:
+                open_keys.add(lane.public_key)
+            elif lane.public_key not in open_keys:
+                # Its end is that of all older ones of its key as well, so these must be ready for it too.
+                closes.append(lane.certified)
+        return tuple(closes[:CLOSE_COUNT_MAX])
+
+    def check_extras(self, proposal: Proposal, now_ms: int) -> Verdict:
+        """See spine.Oracle."""
+        if proposal.time_ms < now_ms - SPINE_BEHIND_MS_MAX:
+            # See claims: else a lying leader grants leases that are over when they begin.
+            return Verdict.REFUSE
+        closes = {head.lane for head in proposal.closes}
+        for head in proposal.closes:
+            verdict = self._check_close(head)
+            if verdict is not Verdict.ACCEPT:
+                return verdict
+            for lane in self.lanes.older(LaneId(head.lane)):
+                # It would end with this one, whatever of it is certified or acknowledged and not covered.
+                if lane.id not in closes and max(lane.acked_seq, lane.certified_seq) > lane.final_seq:
+                    return Verdict.REFUSE
+        if proposal.checkpoint is not None:
+            verdict = self._check_checkpoint(proposal.checkpoint)
+            if verdict is not Verdict.ACCEPT:
+                return verdict
+        if proposal.handover is None:
+            return Verdict.ACCEPT
+        if proposal.parent != self.state.hash:
+            return Verdict.WAIT
+        return self.handing.check(proposal.handover)
+
+    def _check_close(self, head: Head) -> Verdict:
+        lane = self.lanes.get(LaneId(head.lane))
+        if self.state.is_closed(LaneId(head.lane)):
+            return Verdict.REFUSE
+        if lane is None:
+            # We acknowledged nothing of it, and never shall: `vote_for_close` sees to that.
+            return Verdict.ACCEPT if head.seq == 0 and self.lanes.is_left(LaneId(head.lane)) else Verdict.WAIT
+        if lane.evidence is None and not self.lanes.is_left(lane.id):
+            return Verdict.WAIT
+        if head.seq != lane.certified_seq or (head.seq and head.hash != lane.certified_hash):
+            return Verdict.WAIT if head.seq > lane.certified_seq else Verdict.REFUSE
+        return Verdict.ACCEPT if lane.acked_seq <= head.seq else Verdict.REFUSE
+
+    def _check_checkpoint(self, ref: CheckpointRef) -> Verdict:
+        if ref.height > self.state.height:
+            return Verdict.WAIT
+        return Verdict.ACCEPT if self._roots.get(ref.height) == ref.root else Verdict.REFUSE
+
+    # ── what the view asks of us ────────────────────────────────────────────────────────────────────────────────
+
+    def observed_ops(self, record: RecordKind, object_id: str) -> Sequence[Judged]:
+        """See view.Observed."""
+        return self._observed().get((record, object_id), ())
+
+    def observed_ids(self, record: RecordKind) -> Iterable[str]:
+        """See view.Observed."""
+        return (object_id for kind, object_id in self._observed() if kind is record)
+
+    def _observed(self) -> dict[tuple[RecordKind, str], list[Judged]]:
+        if self._observed_index is None:
+            index: dict[tuple[RecordKind, str], list[Judged]] = {}
+            for lane in map(self.lanes.get, self.lanes.uncertified):
+                for _, entry in sorted(lane.chain.items()) if lane is not None else ():
+                    for op in self.judged(entry):
+                        if op.event is not None and not op.is_ordered and op.event.effect is not EventEffect.NOTE:
+                            index.setdefault((op.record, op.object_id), []).append(op)
+            self._observed_index = index
+        return self._observed_index
+
+    # ── what the shell may ask ──────────────────────────────────────────────────────────────────────────────────
 
     @property
-    def lane_count(self) -> int:
-        """Lanes known."""
-        return len(self._lanes)
+    def network_id(self) -> NetworkId:
+        """The network that this is a copy of."""
+        return self._config.network_id
 
     @property
-    def evidence_count(self) -> int:
-        """Lanes proven to be forked by their author."""
-        return len(self._evidence_raw)
+    def voter(self) -> int | None:
+        """Our index in the committee; None: we do not vote."""
+        return self.lanes.voter
+
+    @property
+    def has_room(self) -> bool:
+        """Whether we may submit another block now."""
+        return self.lanes.has_room
+
+    @property
+    def own_lane(self) -> LaneId | None:
+        """The lane of this process; None before `open_lane`, and for nodes that may not write."""
+        return None if self.lanes.own is None else self.lanes.own.id
+
+    @property
+    def own_head_seq(self) -> int:
+        """Number of our newest block in this process's lane."""
+        return 0 if self.lanes.own is None else self.lanes.own.head_seq
 
     @property
     def counts(self) -> tuple[int, int]:
         """Operations (observed, certified) since the beginning."""
-        return self._observed.count, self._certified.count
+        return self._counts[0], self._counts[1]
 
     @property
-    def uncertified_count(self) -> int:
-        """Operations in open lanes that wait for a quorum."""
-        return sum(len(e.block.ops) for lane in self._lanes.values() if self._is_open(lane) for e in lane.chain.values())
+    def next_position(self) -> int:
+        """Of the next change in the feed."""
+        return self._next_position
 
     def certified_seq(self, lane: LaneId) -> int:
-        """How far a lane is certified; 0 when unknown."""
-        known = self._lanes.get(lane)
-        return 0 if known is None else known.certified_seq
+        """How far a lane is certified; everything if it is closed; 0 when unknown."""
+        return self.lanes.certified_seq(lane)
 
-    def lane(self, lane: LaneId) -> Lane | None:
-        """One lane, for checkers; read only."""
-        return self._lanes.get(lane)
+    def final_seq(self, lane: LaneId) -> int:
+        """How far a lane is final; 0 when unknown."""
+        known = self.lanes.get(lane)
+        return 0 if known is None else known.final_seq
 
-    def lanes(self) -> Iterable[Lane]:
-        """All lanes, for checkers; read only."""
-        return self._lanes.values()
+    @property
+    def checkpoint_proof(self) -> bytes:
+        """CBOR of the FinalChain that vouches for the stored checkpoint; empty: none is stored, or it is not known here."""
+        return self._checkpoint_proof
 
-    def is_doubtful(self, lane: LaneId) -> bool:
-        """Whether a pull of this lane should start at its certified block."""
-        known = self._lanes.get(lane)
-        return known is not None and known.is_doubtful
+    def missing_ranges(self) -> tuple[Range, ...]:
+        """Blocks that a final height covers and that are not here."""
+        return () if self._missing is None else self._missing.ranges
 
-    def uncertified_ranges(self, *, with_closed: bool) -> tuple[Range, ...]:
-        """What to ask any peer even when frontiers are equal: acks that complete a certificate."""
-        ranges = []
-        for lane in self._lanes.values():
-            if lane.evidence is not None:
-                if with_closed:
-                    ranges.append(
-                        Range(lane.id, lane.certified_seq + 1, lane.certified_seq + WINDOW_COUNT_MAX, lane.certified_seq, False)
-                    )
-            elif lane.head_seq > lane.certified_seq and (with_closed or self._is_open(lane)):
-                ranges.append(Range(lane.id, lane.head_seq + 1, 0, lane.certified_seq, False))
-        return tuple(ranges)
+    def expand(self, row: Row) -> tuple[Change, ...]:
+        """The changes of a feed row."""
+        told = row.decided if row.entry is None else tuple((op, self.void_now(op, row.level)) for op in self.judged(row.entry))
+        return tuple(self._change(op, row.position + i, row.level, void) for i, (op, void) in enumerate(told))
 
-    def acks_above(self, lane: LaneId, seq: int) -> tuple[bytes, ...]:
-        """Raw acks whose word for this lane goes beyond `seq`, for a peer that lacks them."""
-        known = self._lanes.get(lane)
-        if known is None:
-            return ()
-        found = []
-        for voter, head in enumerate(known.tally.heads):
-            entry = self._book.newest(voter, lane)
-            if head is not None and head.seq > seq and entry is not None:
-                found.append(entry.raw)
-        if known.evidence is not None and known.certified_seq > seq:
-            # A voter that acknowledged both branches has its newest ack on the wrong one: these are those that counted.
-            found.extend(raw for _, raw in known.tally.proof(known.certified_seq))
-        return tuple(found)
-
-    def evidence_of(self, lane: LaneId) -> bytes | None:
-        """CBOR of the Evidence against a lane."""
-        return self._evidence_raw.get(lane)
-
-    def frames_for(self, lane: LaneId, *, seq: int, certified_seq: int) -> tuple[bytes, ...]:
-        """Frames that a peer at this head and certificate lacks, as far as they are in memory: uncertified blocks, acks."""
-        known = self._lanes.get(lane)
-        if known is None:
-            return ()
-        blocks = tuple(FRAME_BLOCK + known.chain[s].raw for s in sorted(known.chain) if s > seq)
-        return blocks + tuple(FRAME_ACK + raw for raw in self.acks_above(lane, certified_seq))
-
-    def make_own_incarnation(self, now_ns: int, random_bits: int) -> bytes:
-        """An incarnation newer than all of ours that were stored, whatever the clock says now."""
-        newest = self._newest.get(self._config.public_key)
-        last_hlc = 0 if newest is None else int.from_bytes(newest[:8], "big")
-        self._hlc = hlc_tick(max(self._hlc, last_hlc + (LANE_OPEN_INTERVAL_MS << 16)), now_ns)
-        return make_incarnation(self._hlc, random_bits)
-
-    def open_lane(self, incarnation: bytes) -> LaneId | None:
-        """Begin our lane of this process; None for observers, who do not write. Its first block opens it for others."""
-        if self.voter is None:
-            return None
-        own = lane_id(self._config.public_key, incarnation)
-        assert own not in self._lanes
-        self._own = self._make_lane(own)
-        return own
-
-    # ── recovery: trusted rows of our own store ─────────────────────────────────────────────────────────────────
-
-    def recover_row(self, replayed: ReplayedRow) -> tuple[Change, ...]:
-        """Take one feed row, in order. Returns its changes."""
-        row = replayed.row
-        assert row.position == self._next_position
-        if not row.is_certified:
-            assert replayed.raw is not None
-            entry = parse_block(replayed.raw, network_id=self._config.network_id)
-            return self._recover_observed(entry, is_unseated=replayed.is_unseated)
-        return self._recover_certified(Hash(row.hash))
-
-    def _recover_observed(self, entry: Entry, *, is_unseated: bool) -> tuple[Change, ...]:
-        lane = self._lane_or_new(LaneId(entry.block.lane))
-        assert lane is not None
-        if not is_unseated:
-            lane.append(entry)
-            self._note_newest(lane)
-            self._recovering[entry.hash] = lane
-        self._hlc = max(self._hlc, entry.block.hlc)
-        self._touch(lane)
-        return self._fold(entry, Level.OBSERVED, None if is_unseated else self._observed)[1]
-
-    def _recover_certified(self, hash_: Hash) -> tuple[Change, ...]:
-        lane = self._recovering.pop(hash_)
-        entry = lane.chain[lane.certified_seq + 1]
-        assert entry.hash == hash_
-        lane.recover_certified()
-        self._touch(lane)
-        return self._fold(entry, Level.CERTIFIED, self._certified)[1]
-
-    def recover_ack(self, row: AckRow) -> None:
-        """Take a stored ack. After all feed rows."""
-        entry = parse_ack(row.raw, voter_count=len(self._config.voters))
-        if entry.ack.voter == self.voter:
-            self._ack_n = max(self._ack_n, entry.ack.n)
-        self._join_ack(entry, is_recovery=True)
-
-    def recover_evidence(self, raw_lane: bytes, raw: bytes) -> None:
-        """Take stored evidence. After all feed rows."""
-        one, other = parse_evidence(self._verify, raw, network_id=self._config.network_id)
-        lane = self._lane_or_new(LaneId(raw_lane))
-        if lane is not None:
-            self._freeze(lane, one, other, raw=raw, is_recovery=True)
-
-    def finish_recovery(self) -> None:
-        """After the last row: forget what recovery gathered for a commit that has long been made."""
-        self._pending = _Pending([], [], self._pending.dropped, [], [], [], [], [])
-        self._out, self._risen, self._recovering = [], {}, {}
-        for lane in self._lanes.values():
-            self._certify(lane)
-            self._to_ack[lane.id] = None
-
-    # ── inputs ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _on_frame(self, node_id: NodeId, frame: bytes, now_ns: int) -> None:
-        kind, value = frame[:1], frame[1:]
-        try:
-            if kind == FRAME_BLOCK:
-                self._take_block(value, now_ns)
-            elif kind == FRAME_ACK:
-                self._take_ack(value, now_ns)
-            elif kind == FRAME_EVIDENCE:
-                self._take_evidence(value, now_ns)
-            else:
-                raise DecodeError(f"frame of unknown kind {kind.hex()}")
-        except DecodeError as exc:
-            self._out.append(Fault(node_id, exc.message))
-
-    def _on_range(self, event: RangeReceived, now_ns: int) -> None:
-        try:
-            for raw in event.acks:
-                self._take_ack(raw, now_ns)
-            for raw in event.evidence:
-                self._take_evidence(raw, now_ns)
-            for raw in event.blocks:
-                self._take_block(raw, now_ns)
-            # Acks that prove a stretch of history stand on blocks that came just now.
-            for raw in event.acks:
-                self._take_ack(raw, now_ns)
-        except DecodeError as exc:
-            self._out.append(Fault(event.node_id, exc.message))
-        # They prove a branch together with this answer's blocks or not at all; else liars could pile them up.
-        for lane_id_ in self._evidence_raw:
-            self._lanes[lane_id_].tally.extra.clear()
-
-    def _on_submit(self, kind: str, ops: tuple[bytes, ...], now_ns: int) -> None:
-        lane = self._own
-        assert lane is not None
-        assert self.has_room
-        self._hlc = hlc_tick(self._hlc, now_ns)
-        block = Block(
-            lane=lane.id,
-            seq=lane.head_seq + 1,
-            prev=lane.head_hash,
-            hlc=self._hlc,
-            spine_ref=SpineRef(0, self._config.network_id),
-            deps=self._take_deps(),
-            kind=str(kind),
-            ops=ops,
-        )
-        entry = sign_block(self._sign, block, network_id=self._config.network_id)
-        self._out.append(Send(FRAME_BLOCK + entry.raw, block.kind))
-        self._accept(lane, entry)
-        self._certify(lane)
-
-    def _take_deps(self) -> tuple[Head, ...]:
-        deps = []
-        for lane_id_ in list(self._dep_candidates)[:DEPS_COUNT_MAX]:
-            del self._dep_candidates[lane_id_]
-            deps.append(self._lanes[lane_id_].certified)
-        return tuple(deps)
-
-    def _on_tick(self, now_ns: int) -> None:
-        due = [lane for lane, at_ns in self._held.items() if at_ns <= now_ns]
-        for lane in due:
-            del self._held[lane]
-            self._drain(self._lanes[lane], now_ns)
-
-    def _on_commit_ready(self) -> None:
-        own = self._sign_own_acks()
-        pending = self._pending
-        if pending.is_empty:
-            return
-        self._pending = _Pending([], [], [], [], [], [], [], [])
-        self._batch_number += 1
-        own_seq = 0 if self._own is None else self._own.head_seq
-        self._in_commit[self._batch_number] = (own, tuple(pending.changes), own_seq)
-        batch = Batch(
-            number=self._batch_number,
-            blocks=tuple(pending.blocks),
-            acks=tuple(pending.acks),
-            acks_dropped=tuple(pending.dropped),
-            evidence=tuple(pending.evidence),
-            feed=tuple(pending.feed),
-            unseated=tuple(pending.unseated),
-            proofs=tuple(pending.proofs),
-        )
-        self._out.append(Commit(batch))
-
-    def _on_stored(self, number: int, now_ns: int) -> None:
-        own_acks, changes, own_seq = self._in_commit.pop(number)
-        self.durable_own_seq = max(self.durable_own_seq, own_seq)
-        if changes:
-            self._out.append(Notify(changes))
-        for entry in own_acks:
-            self._out.append(Send(FRAME_ACK + entry.raw, "ack"))
-            self._join_ack(entry, is_own_new=True)
-            for head in entry.ack.heads:
-                self._settle(self._lanes[LaneId(head.lane)], now_ns)
-            assert self.voter is not None
-            self.last_ack_ns[self.voter] = now_ns
-
-    # ── blocks ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _take_block(self, raw: bytes, now_ns: int) -> None:
-        entry = parse_block(raw, network_id=self._config.network_id)
-        block = entry.block
-        if lane_key(block.lane) not in self._voter_of:
-            raise DecodeError("block: its author does not vote")
-        known = self._lanes.get(LaneId(block.lane))
-        if known is not None and self._is_known(known, entry):
-            return
-        if known is not None and block.seq > known.head_seq + WINDOW_COUNT_MAX:
-            self._out.append(SyncWanted())
-            return
-        if known is None and block.seq > WINDOW_COUNT_MAX:
-            self._out.append(SyncWanted())
-            return
-        if not block_signature_holds(self._verify, entry, network_id=self._config.network_id):
-            raise DecodeError("block: the signature does not hold")
-        lane = known or self._lane_or_new(LaneId(block.lane))
-        if lane is None:
-            raise DecodeError("block: its author opens lanes too fast or too many")
-        self._place_block(lane, entry, now_ns)
-        if known is None:
-            for orphan in [raw_ack for acks in self._orphans.values() for raw_ack in acks]:
-                self._take_ack(orphan, now_ns)
-
-    def _is_known(self, lane: Lane, entry: Entry) -> bool:
-        seq = entry.block.seq
-        if seq <= lane.certified_seq:
-            return True
-        held = lane.chain.get(seq) or lane.waiting.get(seq)
-        return (held is not None and held.hash == entry.hash) or entry.hash in lane.side
-
-    def _place_block(self, lane: Lane, entry: Entry, now_ns: int) -> None:
-        """A block whose signature holds finds its place: chain, waiting, or another branch."""
-        seq = entry.block.seq
-        rival = lane.chain.get(seq) or lane.waiting.get(seq)
-        if rival is not None:
-            self._freeze(lane, rival, entry)
-        if seq <= lane.head_seq or rival is not None:
-            lane.put_side(entry)
-        else:
-            lane.waiting[seq] = entry
-        self._settle(lane, now_ns)
-
-    def _settle(self, lane: Lane, now_ns: int) -> None:
-        """Bring a lane to rest after anything about it changed."""
-        self._certify(lane)
-        if lane.side:
-            self._adopt(lane)
-        self._drain(lane, now_ns)
-        if lane.is_doubtful or lane.waiting:
-            self._out.append(SyncWanted())
-
-    def _drain(self, lane: Lane, now_ns: int) -> None:
-        """Move what may join now from `waiting` to the chain; then whatever waited for this lane's certificates."""
-        queue = [lane]
-        while queue:
-            at = queue.pop()
-            before = at.certified_seq
-            while (entry := at.waiting.get(at.head_seq + 1)) is not None and self._may_join(at, entry, now_ns):
-                del at.waiting[entry.block.seq]
-                self._accept(at, entry)
-                self._certify(at)
-            for seq in [s for s in at.waiting if s <= at.head_seq]:
-                at.put_side(at.waiting.pop(seq))
-            if at.certified_seq > before or at is lane:
-                queue.extend(self._lanes[waiter] for waiter in self._waiting_for.pop(at.id, ()))
-
-    def _may_join(self, lane: Lane, entry: Entry, now_ns: int) -> bool:
-        block = entry.block
-        if block.prev != lane.head_hash:
-            # It names another block before it than ours: one of the two branches lies elsewhere. Ask for it.
-            lane.put_side(lane.waiting.pop(block.seq))
-            lane.is_doubtful = True
-            self._adopt(lane)
-            return False
-        if block.hlc <= lane.head_hlc:
-            # The author's own conduct: no correct replica ever takes this block, nor any behind it.
-            del lane.waiting[block.seq]
-            self._out.append(Fault(lane.node_id, "block: its time does not rise"))
-            return False
-        if lane.evidence is not None:
-            return lane.is_vouched(entry)
-        if not lane.may_grow(entry):
-            return False
-        if lane.tally.is_claimed(block.seq):
-            return True
-        due_ns = (hlc_ms(block.hlc) - AHEAD_MS_MAX) * NS_PER_MS
-        if due_ns > now_ns:
-            self._held[lane.id] = due_ns
-            self._out.append(WakeAt(due_ns))
-            return False
-        missing = [LaneId(dep.lane) for dep in block.deps if self.certified_seq(LaneId(dep.lane)) < dep.seq]
-        for dep in missing:
-            self._waiting_for.setdefault(dep, set()).add(lane.id)
-        return not missing
-
-    def _accept(self, lane: Lane, entry: Entry) -> None:
-        """The block is observed."""
-        lane.append(entry)
-        self._note_newest(lane)
-        self._hlc = max(self._hlc, Hlc(entry.block.hlc))
-        self._to_ack[lane.id] = None
-        block = entry.block
-        self._pending.blocks.append(BlockRow(hash=entry.hash, lane=block.lane, seq=block.seq, raw=entry.raw))
-        self._record(entry, Level.OBSERVED)
-        self._touch(lane)
-
-    def _certify(self, lane: Lane) -> None:
-        done = lane.certify_nowait()
-        for entry in done:
-            self._record(entry, Level.CERTIFIED)
-        if done:
-            lane.is_doubtful = False
-            if lane.is_proof_due:
-                self._keep_proof(lane)
-            self._risen[lane.id] = None
-            if lane is not self._own:
-                self._dep_candidates[lane.id] = None
-            self._touch(lane)
-
-    def _keep_proof(self, lane: Lane) -> None:
-        """Keep on disk the acks that certify what is certified now."""
-        lane.proof_seq, lane.proof_size_bytes = lane.certified_seq, 0
-        for voter, raw in lane.tally.proof(lane.certified_seq) if lane.certified_seq else ():
-            self._pending.proofs.append(ProofRow(lane=lane.id, seq=lane.certified_seq, voter=voter, raw=raw))
-
-    def _record(self, entry: Entry, level: Level) -> None:
-        row, changes = self._fold(entry, level, self._certified if level is Level.CERTIFIED else self._observed)
-        self._pending.feed.append(row)
-        self._pending.changes.extend(changes)
-
-    def _fold(self, entry: Entry, level: Level, fold: Fold | None) -> tuple[FeedRow, tuple[Change, ...]]:
-        judged = judge_block(entry, self._intent_verifier, node_id=self._lanes[LaneId(entry.block.lane)].node_id)
-        first = self._next_position
-        self._next_position += len(judged)
-        row = FeedRow(position=first, count=len(judged), is_certified=level is Level.CERTIFIED, hash=entry.hash)
-        voids = [op.void or "its block lost to another" if fold is None else fold.apply(op) for op in judged]
-        return row, tuple(
-            self._change(op, first + i, level, void) for i, (op, void) in enumerate(zip(judged, voids, strict=True))
-        )
+    def void_now(self, op: Judged, level: Level) -> str:
+        """Empty, or why an operation that is not final has no effect, as things stand."""
+        if op.void or op.is_ordered or level is Level.OBSERVED:
+            return op.void
+        cell = self.state.cell(op.record, op.object_id) if op.record in CELL_KINDS else None
+        return self.state.void_reason(op, owner=None if cell is None else cell.owner)
 
     def _change(self, op: Judged, position: int, level: Level, void: str) -> Change:
         return Change(
@@ -610,187 +942,160 @@ class Replica:
             node_id=op.node_id,
             account=op.account,
             hlc=op.hlc,
-            trace_id=op.trace_id or self.view.trace_id(op.object_id),
+            trace_id=op.trace_id or (self.view.trace_id(op.object_id) if op.record is RecordKind.VM else ""),
             void=void,
-            size_bytes=op.size_bytes,
+            lane=op.lane,
+            seq=op.seq,
+            index=op.index,
         )
 
-    def _adopt(self, lane: Lane) -> None:
-        gone, joined = lane.adopt_nowait()
-        if gone and lane.evidence is None:
-            # Both branches are signed, so they meet at a block that proves it.
-            self._freeze(lane, gone[0], joined[0])
-        for entry in joined:
-            self._pending.blocks.append(BlockRow(hash=entry.hash, lane=lane.id, seq=entry.block.seq, raw=entry.raw))
-            self._record(entry, Level.OBSERVED)
-        if gone:
-            self._pending.unseated.extend(entry.hash for entry in gone)
-            self._rebuild_observed()
-        self._certify(lane)
-        self._touch(lane)
-
-    def _rebuild_observed(self) -> None:
-        """Observed again as certified plus what is on the chains now. Rare: each time, a key has been convicted."""
-        count = self._observed.count
-        observed = self._certified.copy()
-        for lane in self._lanes.values():
-            for seq in sorted(lane.chain):
-                for op in judge_block(lane.chain[seq], self._intent_verifier, node_id=lane.node_id):
-                    observed.apply(op)
-        observed.count = count
-        self._observed = observed
-        self.view.replace_observed(observed)
-
-    # ── acks ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _take_ack(self, raw: bytes, now_ns: int) -> None:
-        entry = parse_ack(raw, voter_count=len(self._config.voters))
-        ack = entry.ack
-        if any(LaneId(head.lane) not in self._lanes for head in ack.heads):
-            # Acks make no lanes: a lying voter would name thousands. It is taken again when a block has made the lane.
-            self._orphans[ack.voter].append(raw)
-        if not any(self._is_news(ack.voter, head) for head in ack.heads):
-            return
-        if not ack_signature_holds(self._verify, self._config.voters[ack.voter], entry, network_id=self._config.network_id):
-            raise DecodeError("ack: the signature does not hold")
-        self.last_ack_ns[ack.voter] = now_ns
-        for lane in self._join_ack(entry):
-            self._settle(lane, now_ns)
-            if lane.tally.heads[ack.voter] is not None and lane.head_seq < max(h.seq for h in ack.heads if h.lane == lane.id):
-                self._out.append(SyncWanted())
-
-    def _is_news(self, voter: int, head: Head) -> bool:
-        known = self._lanes.get(LaneId(head.lane))
-        if known is None:
-            return False
-        if known.tally.is_newer(voter, head.seq):
-            return True
-        if known.evidence is not None:
-            # It may speak of another branch than the one on which we counted this voter.
-            return head.seq > known.certified_seq
-        return head.seq in known.chain and not known.tally.is_confirmed(voter, head.seq)
-
-    def _join_ack(self, entry: AckEntry, *, is_recovery: bool = False, is_own_new: bool = False) -> tuple[Lane, ...]:
-        """Count an ack whose signature holds, and keep it while it is somebody's newest word."""
-        ack = entry.ack
-        moved: list[Lane] = []
-        recounted: list[Lane] = []
-        for head in ack.heads:
-            lane = self._lanes.get(LaneId(head.lane))
-            if lane is None:
-                continue
-            if not lane.tally.is_newer(ack.voter, head.seq):
-                lane.put_old_ack(ack.voter, head, entry.raw)
-                recounted.append(lane)
-                continue
-            if not lane.put_ack(ack.voter, head, entry.raw):
-                lane.is_doubtful = True
-            if ack.voter == self.voter:
-                # Also when a peer sends it back to us: a voter that lost its disk remembers by others what it said.
-                lane.acked_seq = max(lane.acked_seq, head.seq)
-                self._ack_n = max(self._ack_n, ack.n)
-            moved.append(lane)
-        for lane in moved if not is_recovery else ():
-            if lane.is_proof_due:
-                self._keep_proof(lane)
-        if moved:
-            self._pending.dropped.extend(self._book.put(entry, [lane.id for lane in moved]))
-            if not is_own_new and not is_recovery:
-                self._pending.acks.append(AckRow(hash=entry.hash, raw=entry.raw))
-        elif is_recovery:
-            self._pending.dropped.append(entry.hash)
-        return (*moved, *recounted)
-
-    def _sign_own_acks(self) -> tuple[AckEntry, ...]:
-        """Acks for all lanes that moved; they enter the commit that makes them true."""
-        heads = []
-        for lane in (self._lanes[lane_id_] for lane_id_ in self._to_ack):
-            if self._is_ackable(lane):
-                heads.append(lane.head)
-                lane.acked_seq = lane.head_seq
-        self._to_ack = {}
-        signed = []
-        for start in range(0, len(heads), ACK_HEAD_COUNT_MAX):
-            assert self.voter is not None
-            self._ack_n += 1
-            ack = Ack(epoch=EPOCH, voter=self.voter, n=self._ack_n, heads=tuple(heads[start : start + ACK_HEAD_COUNT_MAX]))
-            entry = sign_ack(self._sign, ack, network_id=self._config.network_id)
-            self._pending.acks.append(AckRow(hash=entry.hash, raw=entry.raw))
-            signed.append(entry)
-        return tuple(signed)
-
-    def _is_ackable(self, lane: Lane) -> bool:
-        return (
-            self.voter is not None
-            and lane.evidence is None
-            and lane.public_key not in self._banned
-            and lane.head_seq > lane.acked_seq
-            and lane.follows_ack(self.voter)
-            and self._is_open(lane)
-        )
-
-    def _is_open(self, lane: Lane) -> bool:
-        """Whether it is its key's newest incarnation, and nothing is proven against it."""
-        return lane.evidence is None and self._newest.get(lane.public_key) == lane_incarnation(lane.id)
-
-    # ── equivocation ────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _take_evidence(self, raw: bytes, now_ns: int) -> None:
-        one, other = parse_evidence(self._verify, raw, network_id=self._config.network_id)
-        if lane_key(one.block.lane) not in self._voter_of:
-            raise DecodeError("evidence: against one who does not vote")
-        lane = self._lane_or_new(LaneId(one.block.lane))
-        if lane is None:
-            return
-        self._freeze(lane, one, other, raw=raw)
-        for entry in (one, other):
-            if not self._is_known(lane, entry):
-                lane.put_side(entry)
-        self._settle(lane, now_ns)
-
-    def _freeze(self, lane: Lane, one: Entry, other: Entry, *, raw: bytes | None = None, is_recovery: bool = False) -> None:
-        """Keep the first proof, tell everyone, never acknowledge this key again."""
-        if lane.evidence is not None:
-            return
-        lane.evidence = Evidence(one.raw, other.raw)
-        lane.is_doubtful = True
-        raw = encode(lane.evidence) if raw is None else raw
-        self._evidence_raw[lane.id] = raw
-        self._banned.add(lane.public_key)
-        self._touch(lane)
-        if not is_recovery:
-            self._keep_proof(lane)
-            self._pending.evidence.append((lane.id, raw))
-            if len(raw) <= EVIDENCE_FRAME_SIZE_MAX_BYTES:
-                self._out.append(Send(FRAME_EVIDENCE + raw, "evidence"))
-
-    # ── lanes ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _lane_or_new(self, lane: LaneId) -> Lane | None:
-        """The lane; made if its author votes and keeps to the limits."""
-        known = self._lanes.get(lane)
-        if known is not None:
-            return known
-        key = lane_key(lane)
-        if key not in self._voter_of or self._lane_counts.get(key, 0) >= LANES_PER_KEY_MAX:
+    def open_lane(self, now_ns: int, random_bits: int) -> LaneId | None:
+        """Begin our lane of this process; None where we may not write."""
+        if not self.state.may_write(self._config.public_key):
             return None
-        return self._make_lane(lane)
+        return self.lanes.open_own(self.lanes.make_own_incarnation(now_ns, random_bits))
 
-    def _make_lane(self, lane: LaneId) -> Lane:
-        key = lane_key(lane)
-        made = Lane(lane, voter=self._voter_of[key], voter_count=len(self._config.voters), quorum_size=self._config.quorum_size)
-        self._lanes[lane] = made
-        self._lane_counts[key] = self._lane_counts.get(key, 0) + 1
-        return made
+    # ── recovery: trusted records of our own store ──────────────────────────────────────────────────────────────
 
-    def _note_newest(self, lane: Lane) -> None:
-        """A block joined this lane: if it is newer, its key's older ones are closed for our acks."""
-        incarnation = lane_incarnation(lane.id)
-        if self._newest.get(lane.public_key, b"") < incarnation:
-            self._newest[lane.public_key] = incarnation
+    def recover_checkpoint(self, meta: bytes, buckets: Iterable[tuple[int, bytes]]) -> int:
+        """Begin at a checkpoint. Before any record.
 
-    def _touch(self, lane: Lane) -> None:
-        """Put the lane's new state into the frontier. Of a frozen lane only what is certified: the rest differs for ever."""
-        head = lane.certified if lane.evidence is not None else lane.head
-        if head.seq > 0 or lane.evidence is not None:
-            self.index.put(FrontierRow(lane.id, head.seq, head.hash, lane.certified_seq, lane.evidence is not None))
+        Returns:
+          How many of the records that follow repeat what is older than the feed's next position.
+
+        Raises:
+          DecodeError: the store's content is not what we wrote.
+        """
+        if not meta:
+            return 0
+        values = decode(meta, tuple[int, int, int, int, list[int], list[bytes]], what="checkpoint")
+        if values[0] != META_FORMAT:
+            raise DecodeError(f"checkpoint: format {values[0]}, this version knows {META_FORMAT}")
+        _, height, self._next_position, base_count, self._counts, self.links = values
+        for number, content in buckets:
+            self.tree.load_bucket(number, content)
+        state = self.state
+        state.load_items((item.section, item.id, item.value) for item in self.tree.items())
+        if state.height != height:
+            raise DecodeError(f"checkpoint: of height {height}, and its state is of height {state.height}")
+        self._final_hashes = {height: state.hash}
+        self._applied_height = height
+        self.positions.forgotten_height = height
+        self.lanes.change_committee(state.committee.committee, 0)
+        for lane_id_, ended in state.lanes.items():
+            self.lanes.recover_lane(lane_id_, seq=ended.seq, hash_=ended.hash, hlc=ended.hlc)
+        self.spine = self._make_spine(self._base())
+        self.handing = self._make_handing()
+        self.checkpoint_head = self.tree.head(height)
+        return base_count
+
+    def recover(self, record: Record, *, is_repeat: bool) -> tuple[Row, ...]:
+        """Take one journal record, in order.
+
+        Args:
+          is_repeat: it is one of those that `recover_checkpoint` counted.
+
+        Returns:
+          Rows for the feed.
+        """
+        position, counts = self._next_position, list(self._counts)
+        match record.kind:
+            case RecordKindOf.BLOCK:
+                self.lanes.recover_block(record.body)
+            case RecordKindOf.RISEN:
+                lane, seq = decode(record.body, tuple[bytes, int], what="risen")
+                self.lanes.recover_certified(LaneId(lane), seq)
+            case RecordKindOf.ACK:
+                self.lanes.recover_own_ack(record.body)
+            case RecordKindOf.EVIDENCE:
+                self.lanes.recover_evidence(record.body)
+                self.lanes.new_evidence = []
+            case RecordKindOf.APPLIED:
+                self._recover_applied(parse_proposal(record.body))
+            case RecordKindOf.FREEZE:
+                self.handing.recover(record.body)
+            case RecordKindOf.LINK:
+                self.links.append(record.body)
+            case RecordKindOf.PROOF:
+                self._recover_proof(record.body)
+            case kind:
+                self._recover_spine(Kind(kind), record.body)
+        if record.kind in _KEPT_RECORDS and self._capture is not None:
+            self._capture.records.append(record)
+        self._note_levels()
+        rows = tuple(self._gathered.rows)
+        self._gathered = _Gathered()
+        if is_repeat:
+            self._next_position, self._counts = position, counts
+            return ()
+        return rows
+
+    def _recover_proof(self, raw: bytes) -> None:
+        ref = parse_final_chain(raw).first.proposal.checkpoint
+        if self.checkpoint_head is not None and ref is not None and ref.height == self.checkpoint_head.height:
+            self._checkpoint_proof = raw
+        elif self._capture is not None and ref is not None and ref.height == self._capture.height:
+            self._capture.is_agreed, self._capture.proof = True, raw
+
+    def _recover_spine(self, kind: Kind, raw: bytes) -> None:
+        # What an epoch's last commits hold may come after the record that ended it.
+        if epoch_of(kind, raw) != self.spine.epoch:
+            return
+        self.spine.recover(kind, raw)
+        if kind is Kind.FINAL:
+            self.newest_final = parse_final(raw)
+        elif kind is Kind.NOTARIZE:
+            self._lock_closes(raw)
+
+    def _recover_applied(self, entry: ProposalEntry) -> None:
+        proposal = entry.proposal
+        if proposal.height <= self.state.height:
+            return
+        found = self._cover(proposal)
+        if isinstance(found, Missing):
+            raise DecodeError(
+                f"journal: height {proposal.height} was applied, and {len(found.ranges)} of its lanes are not here"
+            )
+        self._apply(entry, found, None)
+
+    def finish_recovery(self) -> None:
+        """After the last record: forget what recovery gathered for commits that have long been made."""
+        self._gathered = _Gathered()
+        self._own_final = []
+        self._applied_height = self.state.height
+        self.lanes.finish_recovery()
+        self._is_recovering = False
+        # Decided, and our end came before the freeze was written.
+        self._freeze()
+
+    def snapshot_offer(self) -> SnapshotOffer:
+        """What a joiner is offered: the checkpoint that is stored here and agreed on; empty if there is none."""
+        if not self._checkpoint_proof or self.checkpoint_head is None:
+            return SnapshotOffer((), b"", b"")
+        links = tuple(self.links[: parse_final_chain(self._checkpoint_proof).epoch])
+        return SnapshotOffer(links, self._checkpoint_proof, encode(self.checkpoint_head))
+
+    def install_plan(self, snapshot: Snapshot) -> tuple[bytes, list[Record]]:
+        """What to give the store together with a snapshot's buckets, so that a replica that begins there keeps our word.
+
+        Returns:
+          (meta, records): the snapshot's place, and everything that we promised and may not contradict.
+        """
+        # Blocks as well: our acks say that they are on our disk. And what is final here above the snapshot: without it the
+        # spine would begin below views in which we have voted, and their votes are forgotten.
+        records = self._base_records()
+        records.append(Record(RecordKindOf.PROOF, snapshot.offer.proof))
+        # One position is left out: who follows the feed is told that it missed something.
+        meta = [
+            META_FORMAT,
+            snapshot.ref.height,
+            self._next_position + 1,
+            len(records),
+            list(self._counts),
+            list(snapshot.offer.links),
+        ]
+        return encode(meta), records
+
+
+def _epoch_of(entry: VoteEntry | ProposalEntry) -> int:
+    return entry.proposal.epoch if isinstance(entry, ProposalEntry) else entry.vote.epoch

@@ -1,8 +1,8 @@
 """The door to the replicated state: drives the replica with the store, the links and the clock.
 
 Theory of operation. Everything that happens becomes one call of `Replica.handle`, made in the trio thread, and its
-effects are carried out in order. One task owns the store: while a commit runs, blocks, acks and writes gather, and the
-next commit takes them all (group commit: no timer, one sync for many). Writes of callers gather in the same way into
+effects are carried out in order. One task owns the store: while a commit runs, blocks, acks, votes and writes gather, and
+the next commit takes them all (group commit: no timer, one sync for many). Writes of callers gather in the same way into
 blocks of one kind, in the order in which they came. Frames for others never wait: what does not fit is dropped, and
 sync repairs it.
 """
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from heapq import heappop, heappush
 
 import msgspec
 import structlog
@@ -30,63 +32,94 @@ from formation.core.errors import (
     UnavailableError,
     UsageError,
 )
-from formation.core.event import Effect as EventEffect
-from formation.core.event import Event, Topic, VmRequested, event_fields
-from formation.core.ids import NodeId
-from formation.core.intent import SignedIntent, check_intent
+from formation.core.event import Event, Seat, Topic, VmRequested, event_fields, parse_event
+from formation.core.ids import NodeId, node_id_of
+from formation.core.intent import SignedIntent, check_intent, parse_intent
 from formation.core.keys import KeyPair
 from formation.core.manifest import Manifest
 from formation.core.spec import VmSpec, check_vm_spec
 from formation.p2p.service import P2pService
 from formation.p2p.transport import TaskStatus, Verdict
 from formation.state import sync
+from formation.state.accounts import Actor
+from formation.state.claims import stop_after_ms
+from formation.state.committee import Committee
 from formation.state.effects import (
     Certified,
     Commit,
     CommitReady,
+    Diverged,
     Effect,
     Fault,
+    Finalised,
     FrameReceived,
     Input,
     Notify,
+    RangeReceived,
     Send,
+    SendTo,
+    SpineReceived,
     Stored,
     Submit,
     SyncWanted,
     Tick,
     WakeAt,
 )
-from formation.state.feed import Change, Feed, Gap, Level
-from formation.state.fold import judge_intent, object_id_of
+from formation.state.feed import Change, Feed, Gap, Level, Row
+from formation.state.fold import NO_SUCH_OBJECT
 from formation.state.gossip import TOPICS, Outbox, topic_name, unpack_frames
-from formation.state.lane import BLOCK_OP_COUNT_MAX, LANE_ID_SIZE_BYTES, LaneId
-from formation.state.op import OP_SIZE_MAX_BYTES, encode_event_op, encode_intent_op
+from formation.state.joining import Snapshot
+from formation.state.judge import account_of, check_event, judge_intent, object_id_of
+from formation.state.lane import BLOCK_OP_COUNT_MAX, LANE_ID_SIZE_BYTES, Entry, LaneId
+from formation.state.limits import PeerLimits
+from formation.state.op import OP_SIZE_MAX_BYTES, PlainOp, delegated_op, estimated_size_bytes, event_op, intent_op
 from formation.state.replica import Replica, ReplicaConfig
-from formation.state.store import Batch, Store
+from formation.state.store import Store
 from formation.state.syncer import Syncer
 from formation.state.view import View
 
 # Writes that wait for a block: some seconds' worth at full speed. Beyond, callers are told to come back.
 WRITE_COUNT_MAX = 8192
-# Operations of one block, leaving room for its header and 64 deps below 256 KiB.
+# Writes of ours that wait for a level; with the window of 64 blocks this is what a caller may have under way.
+WAITING_COUNT_MAX = 65_536
+# Operations of one block by their estimate, leaving room for its header and 64 deps below 256 KiB.
 BLOCK_OPS_SIZE_MAX_BYTES = 240 * 1024
+# Commits begin at least this far apart: a disk that syncs in 0.2 ms would else have each of us acknowledge each block by
+# itself, and it is messages that cost. After a pause the first begins at once.
+COMMIT_INTERVAL_S = 0.002
 # Changes handed to a reader at once; between two such pieces other tasks run.
 CHANGE_COUNT_MAX = 256
 # Observers see what is new within this time, and one message a topic carries all of it.
 GOSSIP_INTERVAL_S = 0.05
+# Links of a voter to nodes that write and do not vote: a few times a committee. Others send through sync and gossip.
+LINKED_COUNT_MAX = 128
+# How far this machine's clock may differ from any correct voter's, for leases by wall clock: what NTP keeps by far.
+CLOCK_SKEW_MS = 500
 
 _logger = structlog.get_logger(__name__)
 
-__all__ = ["Change", "Gap", "Level", "StateService", "StateStatus", "Token", "View", "VoterStatus"]
+__all__ = ["Change", "Gap", "Level", "StateService", "StateStatus", "Token", "View", "VoterStatus", "WriteRequest"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Token:
+class Token(msgspec.Struct, frozen=True, kw_only=True):
     """Where a write stands: wait for its level, or read it at another node."""
 
     lane: str
     """84 hex digits."""
     seq: int
+
+
+class WriteRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """An operation that a program wants written."""
+
+    verb: str
+    object_id: str
+    body: bytes
+    """CBOR map of the event's fields; empty with an intent."""
+    account: bytes | None = None
+    """32-byte key of the account in whose name the node shall write, under a delegation."""
+    intent: bytes | None = None
+    """COSE_Sign1 of an account's intent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,98 +143,126 @@ class StateStatus:
     has_quorum: bool
     """Enough voters are online for certificates."""
     is_voter: bool
+    may_write: bool
+    """It votes, or a voter admitted it."""
     lane_count: int
     observed_count: int
     certified_count: int
+    final_count: int
+    """Operations in the final order."""
     uncertified_count: int
-    """Operations in open lanes that wait for a quorum."""
+    """Blocks in open lanes that wait for a quorum."""
+    uncovered_count: int
+    """Certified blocks that wait for the spine."""
     evidence_count: int
     """Lanes that their authors forked."""
     is_level: bool
     """The last sync round found nothing missing here."""
     position: int
     """Of the newest change."""
+    epoch: int
+    height: int
+    """Of the spine, applied here."""
+    spine_view: int
+    spine_time_ms: int
+    """By which leases expire; 0: nothing is final yet."""
+    silent_voters: tuple[str, ...]
+    """NodeIds that have not voted in the present view, while one is under way."""
+    checkpoint_height: int
+    """Of the newest checkpoint that is stored here; 0: none yet."""
+    dropped_frame_count: int
+    """Frames of peers that sent more than their rate."""
+    clock_ahead_ms: int
+    """How far the newest block waits for its time: this machine's clock is ahead of the voters' by about that."""
 
 
 @dataclass(slots=True, eq=False)
 class _Write:
     kind: Topic
-    op: bytes
-    placed: trio.Event
+    op: PlainOp
+    size_bytes: int
+    level: Level
+    done: Callable[[Token | FormationError], None]
     seq: int = 0
+    index: int = 0
 
 
 class StateService:
-    """Writes, reads and changes of one node. Observers (nodes that do not vote) read only."""
+    """Writes, reads and changes of one node. Nodes that neither vote nor were admitted read only."""
 
     def __init__(
         self, *, manifest: Manifest, key: KeyPair, store: Store, p2p: P2pService, clock: Clock, rng: random.Random
     ) -> None:
         self._manifest = manifest
+        self._key = key
         self._node_id = key.node_id
         self._store = store
         self._p2p = p2p
         self._clock = clock
         self._rng = rng
-        config = ReplicaConfig(
-            network_id=manifest.network_id,
-            voters=tuple(v.public_key for v in manifest.voters),
-            quorum_size=manifest.quorum_size,
-            public_key=key.public_key,
-        )
-        self._replica = Replica(config, sign=key.sign, verify=verify_ed25519)
-        self._others = tuple(v.node_id for v in manifest.voters if v.node_id != key.node_id)
+        seats = tuple(Seat(voter.name, voter.public_key, voter.addresses) for voter in manifest.voters)
+        self._config = ReplicaConfig(network_id=manifest.network_id, founders=seats, public_key=key.public_key)
+        self.replica = self._make_replica()
+        self._feed = Feed(self.replica.expand)
+        self._others: tuple[NodeId, ...] = ()
+        self._linked_epoch: tuple[int, int] | None = None
         self._limiter = trio.CapacityLimiter(1)
         self._syncer = Syncer(
-            replica=self._replica,
+            owner=self,
             store=store,
             limiter=self._limiter,
             p2p=p2p,
-            voters=frozenset(v.node_id for v in manifest.voters),
+            founders=Committee(0, tuple(seat.public_key for seat in seats)),
+            network_id=manifest.network_id,
+            peers=lambda: frozenset(self.replica.state.committee.committee.node_ids) - {self._node_id},
             rng=rng,
-            take=self._handle,
         )
-        self._feed = Feed()
         self._fed = trio.Event()
         self._outbox = Outbox()
         self._gossip_wanted = trio.Event()
         self._is_ready = False
         self._commit_wanted = trio.Event()
-        self._wake_at_ns: int | None = None
+        self._wakes: list[int] = []
         self._wake_changed = trio.Event()
-        self._commits: deque[Batch] = deque()
+        self._commits: deque[Commit] = deque()
         self._writes: deque[_Write] = deque()
-        self._stored = trio.Event()
-        self._certified: dict[tuple[LaneId, int], trio.Event] = {}
+        self._waiting: dict[Level, deque[_Write]] = {level: deque() for level in Level}
+        """Our own placed writes that wait for a level, in the order of their blocks."""
+        self._placed_count = self._done_count = 0
+        self._levelled: dict[tuple[LaneId, int, Level], trio.Event] = {}
         self._fault_count = 0
+        self._limits = PeerLimits()
+        self._failure: HostError | None = None
         p2p.on_frame(self._on_frame)
         p2p.on_link(self._on_link)
         p2p.serve_requests(sync.PROTOCOL, self._serve_sync, request_size_max_bytes=sync.REQUEST_SIZE_MAX_BYTES)
-        if self._replica.voter is None:
+        if self.replica.voter is None:
             for topic in TOPICS:
                 p2p.subscribe_topic(topic_name(manifest.network_id, topic), self._validate_gossip, self._deliver_gossip)
+        self._follow_committee()
+
+    def _make_replica(self) -> Replica:
+        return Replica(self._config, sign=self._key.sign, verify=verify_ed25519)
 
     @property
     def view(self) -> View:
-        """Typed records; complete from the moment that `run` has started."""
-        return self._replica.view
+        """Typed records; complete from the moment that `run` has started. Ask for it anew after an await."""
+        return self.replica.view
 
     async def run(self, *, task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Recover, open this process's lane, then work until cancelled.
 
         Raises:
-          HostError: the store cannot be opened; while running, inside an ExceptionGroup: it cannot be written. The node
-            must stop then, and nothing that was promised is lost.
+          HostError: the store cannot be opened, read or written, or holds another state than the network's.
           UsageError: the store belongs to another network.
         """
-        await trio.to_thread.run_sync(self._store.open, self._manifest.network_id, limiter=self._limiter)
+        await trio.to_thread.run_sync(self._store.open, bytes(self._manifest.network_id), limiter=self._limiter)
         try:
-            # In a thread, for it takes a while after long histories; nothing else touches the replica before it ends.
-            await trio.to_thread.run_sync(self._recover, limiter=self._limiter)
-            incarnation = self._replica.make_own_incarnation(self._clock.now_ns(), self._rng.getrandbits(16))
-            lane = self._replica.open_lane(incarnation)
-            observed, certified = self._replica.counts
-            _logger.info("state.recovered", observed=observed, certified=certified, lanes=self._replica.lane_count)
+            self._recover()
+            lane = self._open_lane()
+            observed, certified = self.replica.counts
+            height, lanes = self.replica.state.height, len(self.replica.lanes)
+            _logger.info("state.recovered", observed=observed, certified=certified, lanes=lanes, height=height)
             self._is_ready = True
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._commit_loop)
@@ -209,6 +270,7 @@ class StateService:
                 nursery.start_soon(self._syncer.run)
                 nursery.start_soon(self._gossip_loop)
                 self._commit_wanted.set()
+                self._handle(Tick())
                 self._syncer.want_nowait()
                 _logger.debug("state.started", lane=None if lane is None else lane.hex())
                 task_status.started(None)
@@ -220,84 +282,167 @@ class StateService:
 
     # ── writes ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def append_event(self, event: Event, object_id: str) -> Token:
-        """Write an event in this node's name; returns when it is durable here and sent to the others.
+    async def append_event(self, event: Event, object_id: str, *, level: Level = Level.OBSERVED) -> Token:
+        """Write an event in this node's name; returns when it is durable here and sent, or at the level asked for.
 
         Raises:
-          DeniedError: this node does not vote.
+          DeniedError: this node may not write.
           UsageError: the event is too large.
           UnavailableError: too many writes wait already.
+          ConflictError: at level FINAL, it has no effect: the message says why.
         """
-        return await self._append(event.topic, encode_event_op(event, object_id))
+        return await self._append(event.topic, event_op(event, object_id), level)
 
-    async def append_intent(self, wish: SignedIntent) -> Token:
+    async def append_intent(self, wish: SignedIntent, *, level: Level = Level.OBSERVED) -> Token:
         """Carry an account's intent; checked here first, so that a person hears why it would have no effect.
 
         Raises:
-          DeniedError: bad signature, expired, not the owner; or this node does not vote.
+          DeniedError: bad signature, expired, no role; or this node may not write.
           UsageError: malformed.
           NotFoundError: no such vm.
-          ConflictError: the account has a vm of that name, or it is deleted.
+          ConflictError: the account has a vm of that name, it is deleted, or at level FINAL: why it has no effect.
           UnavailableError: too many writes wait already.
+        """
+        event, object_id = self.check_wish(wish)
+        return await self._append(event.topic, intent_op(wish, object_id, op_class=event.op_class), level)
+
+    def check_wish(self, wish: SignedIntent) -> tuple[Event, str]:
+        """What every node will judge again, told early: the event and its object.
+
+        Raises:
+          As `append_intent`.
         """
         now_ms = self._clock.now_ns() // NS_PER_MS
         check_intent(verify_ed25519, wish, network_id=self._manifest.network_id, now_ms=now_ms)
         try:
             event = judge_intent(wish, at_ms=now_ms, intent_holds=lambda _: True)
             object_id = object_id_of(wish)
+            check_event(event, object_id=object_id, node_id=self._node_id, account=wish.account_id)
         except DecodeError as exc:
             raise UsageError(
                 f"the intent cannot be carried out: {exc.message}", hint="is the client's version the node's?"
             ) from exc
         self._check_target(wish, event, object_id)
-        return await self._append(event.topic, encode_intent_op(wish, object_id))
+        return event, object_id
 
     def _check_target(self, wish: SignedIntent, event: Event, object_id: str) -> None:
+        state, account = self.replica.state, wish.account_id
         if isinstance(event, VmRequested):
             check_vm_spec(msgspec.convert(event_fields(event), VmSpec))
-            same = [vm for vm in self.view.vms(Level.OBSERVED) if vm.owner == wish.account_id and vm.spec.name == event.name]
+            same = [vm for vm in self.view.vms(Level.OBSERVED) if vm.owner == account and vm.spec.name == event.name]
             if any(vm.vm_id != object_id for vm in same):
                 raise ConflictError(
                     f"you have a vm named {event.name!r} already",
                     hint=f"pick another name, or: formation vm delete {event.name}",
                 )
+        actor = Actor(node_id=self._node_id, account_id=account, key=wish.intent.key)
+        is_about_vm = object_id.startswith("vm-") and not isinstance(event, VmRequested)
+        if is_about_vm:
+            owner = self.view.owner(object_id, Level.OBSERVED)
+            if owner is None or (owner == account and self.view.vm_is_deleted(object_id, Level.OBSERVED)):
+                raise NotFoundError(f"no vm {object_id}", hint="formation vm list")
+        void = state.accounts.authorise(actor, event, object_id, state.time_ms)
+        if void == NO_SUCH_OBJECT and is_about_vm and owner == account:
+            # It is not final yet that it is theirs.
             return
-        if event.effect is EventEffect.PUT:
-            return
-        owner = self.view.owner(object_id, Level.OBSERVED)
-        if owner is None or (owner == wish.account_id and self.view.vm_is_deleted(object_id, Level.OBSERVED)):
-            raise NotFoundError(f"no vm {object_id}", hint="formation vm list")
-        if owner != wish.account_id:
-            raise DeniedError(f"vm {object_id} belongs to another account", hint="formation key list shows your accounts")
-
-    async def _append(self, kind: Topic, op: bytes) -> Token:
-        if len(op) > OP_SIZE_MAX_BYTES:
-            raise UsageError(
-                f"an operation of {len(op)} bytes, the limit is {OP_SIZE_MAX_BYTES}", hint="put large data into the image"
-            )
-        lane = self._replica.own_lane
-        if self._replica.voter is None:
+        if void and is_about_vm:
             raise DeniedError(
-                "this node does not vote in the network, it only reads", hint="send the request to one of the manifest's nodes"
+                f"vm {object_id} belongs to another account: {void}", hint="formation key list shows your accounts"
             )
-        if lane is None or not self._is_ready:
-            raise UnavailableError("the node is not ready yet", hint="try again in a moment")
-        if len(self._writes) >= WRITE_COUNT_MAX:
-            raise UnavailableError(
-                f"{WRITE_COUNT_MAX} writes wait already", hint="is there a quorum? formation status shows it"
-            )
-        write = _Write(kind, op, trio.Event())
-        self._writes.append(write)
-        self._commit_wanted.set()
+        if void:
+            raise DeniedError(f"{event.verb}: {void}", hint="formation account show tells which key is in force")
+
+    async def _append(self, kind: Topic, op: PlainOp, level: Level) -> Token:
+        result: list[Token | FormationError] = []
+        done = trio.Event()
+
+        def note(outcome: Token | FormationError) -> None:
+            result.append(outcome)
+            done.set()
+
+        write = self._enqueue(kind, op, level, note)
         try:
-            await write.placed.wait()
+            await done.wait()
         except trio.Cancelled:
             if write in self._writes:
                 self._writes.remove(write)
             raise
-        while self._replica.durable_own_seq < write.seq:
-            await self._stored.wait()
-        return Token(lane=lane.hex(), seq=write.seq)
+        if isinstance(result[0], FormationError):
+            raise result[0]
+        return result[0]
+
+    def _enqueue(self, kind: Topic, op: PlainOp, level: Level, done: Callable[[Token | FormationError], None]) -> _Write:
+        size_bytes = estimated_size_bytes(op)
+        if size_bytes > OP_SIZE_MAX_BYTES:
+            raise UsageError(
+                f"an operation of about {size_bytes} bytes, the limit is {OP_SIZE_MAX_BYTES}",
+                hint="put large data into the image",
+            )
+        if self.replica.own_lane is None:
+            if self._is_ready and not self.replica.state.may_write(self._key.public_key):
+                raise DeniedError(
+                    "this node does not vote in the network and was not admitted, it only reads",
+                    hint="send the request to a voter, or ask one's operator: formation voter admit",
+                )
+            raise UnavailableError("the node is not ready yet", hint="try again in a moment")
+        if not self._is_ready:
+            raise UnavailableError("the node is not ready yet", hint="try again in a moment")
+        if len(self._writes) >= WRITE_COUNT_MAX or self._placed_count - self._done_count >= WAITING_COUNT_MAX:
+            raise UnavailableError(
+                f"{len(self._writes)} writes wait already", hint="is there a quorum? formation status shows it"
+            )
+        write = _Write(kind, op, size_bytes, level, done)
+        self._writes.append(write)
+        self._commit_wanted.set()
+        return write
+
+    def submit_nowait(self, ops: Sequence[WriteRequest], level: Level, done: Callable[[Token | FormationError], None]) -> None:
+        """Write what a program asks for; `done` is called once, when all of it has reached the level, or with why not.
+
+        At level FINAL an operation that turns out to have no effect ends in a ConflictError.
+        """
+        left = len(ops)
+        failed: FormationError | None = None
+
+        def note(outcome: Token | FormationError) -> None:
+            nonlocal left, failed
+            left -= 1
+            if isinstance(outcome, FormationError):
+                failed = failed or outcome
+            if left == 0:
+                done(failed or outcome)
+
+        if not ops:
+            done(UsageError("a request without operations", hint="give at least one"))
+        for request in ops:
+            try:
+                kind, op = self._checked_op(request)
+                self._enqueue(kind, op, level, note)
+            except FormationError as exc:
+                note(exc)
+
+    def _checked_op(self, request: WriteRequest) -> tuple[Topic, PlainOp]:
+        if request.intent is not None:
+            try:
+                wish = parse_intent(request.intent)
+            except DecodeError as exc:
+                raise UsageError(f"not an intent: {exc.message}", hint="schemas/core.cddl says what one is") from exc
+            event, object_id = self.check_wish(wish)
+            return event.topic, intent_op(wish, object_id, op_class=event.op_class)
+        account = "" if request.account is None else account_of(request.account)
+        try:
+            event = parse_event(request.verb, request.body)
+            check_event(event, object_id=request.object_id, node_id=self._node_id, account=account)
+        except DecodeError as exc:
+            raise UsageError(f"{request.verb[:40]}: {exc.message}", hint="schemas/core.cddl lists the events") from exc
+        actor = Actor(node_id=self._node_id, account_id=account, is_delegated=bool(account))
+        state = self.replica.state
+        void = state.accounts.authorise(actor, event, request.object_id, state.time_ms)
+        if void:
+            raise DeniedError(f"{event.verb}: {void}", hint="formation grant delegate lets a node write for an account")
+        if request.account is not None:
+            return event.topic, delegated_op(event, request.object_id, account=request.account)
+        return event.topic, event_op(event, request.object_id)
 
     async def wait_certified(self, token: Token) -> None:
         """Return when a quorum has it on disk. The time allowed is the caller's to limit.
@@ -305,15 +450,27 @@ class StateService:
         Raises:
           UsageError: not a token.
         """
-        while not self.is_certified(token):
-            at = (_lane_of(token), token.seq)
-            event = self._certified.setdefault(at, trio.Event())
+        await self._wait_level(token, Level.CERTIFIED)
+
+    async def wait_final(self, token: Token) -> None:
+        """Return when the spine has given it its place.
+
+        Raises:
+          UsageError: not a token.
+        """
+        await self._wait_level(token, Level.FINAL)
+
+    async def _wait_level(self, token: Token, level: Level) -> None:
+        lane = _lane_of(token)
+        while not self._has_reached(lane, token.seq, level):
+            at = (lane, token.seq, level)
+            event = self._levelled.setdefault(at, trio.Event())
             try:
                 await event.wait()
             except trio.Cancelled:
                 # The last to give up takes the entry along; without a quorum they would pile up.
                 if not event.statistics().tasks_waiting:
-                    self._certified.pop(at, None)
+                    self._levelled.pop(at, None)
                 raise
 
     def is_certified(self, token: Token) -> bool:
@@ -322,154 +479,355 @@ class StateService:
         Raises:
           UsageError: not a token.
         """
-        return self._replica.certified_seq(_lane_of(token)) >= token.seq
+        return self._has_reached(_lane_of(token), token.seq, Level.CERTIFIED)
+
+    def _has_reached(self, lane: LaneId, seq: int, level: Level) -> bool:
+        if level is Level.FINAL:
+            return self.replica.final_seq(lane) >= seq
+        return self.replica.certified_seq(lane) >= seq
+
+    def lease_deadline_s(self, space: str, key: str, *, sent_ms: int, sent_s: float) -> float | None:
+        """When this node, as holder of a lease, must have begun to stop using it unless it is renewed: trio's time.
+
+        Args:
+          sent_ms, sent_s: this node's wall clock (milliseconds) and trio's clock (seconds) when it sent the claim or the
+            renewal that gave it the lease as it stands.
+
+        Returns:
+          None: it is not the holder, or the lease does not end.
+        """
+        lease = self.view.lease(space, key)
+        if lease is None or lease.owner != self._node_id:
+            return None
+        after_ms = stop_after_ms(lease, sent_ms=sent_ms, skew_ms=CLOCK_SKEW_MS)
+        return None if after_ms is None else sent_s + after_ms / 1000
 
     # ── reads ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def changes(self, *, since: int | None = None) -> AsyncIterator[Change | Gap]:
+    async def changes(self, *, since: int | None = None, topics: frozenset[Topic] | None = None) -> AsyncIterator[Change | Gap]:
         """Changes behind position `since`, then each new one, for ever; None: new ones only.
+
+        Args:
+          topics: of interest; what is of others is passed over at no cost. None: all.
 
         A reader that falls behind the window gets one Gap that says how much it missed, and goes on.
         """
         position = self._feed.last_position if since is None else max(0, since)
         while True:
             fed = self._fed
-            items = self._feed.read(position, count_max=CHANGE_COUNT_MAX)
-            if not items:
+            items, read_up_to = self._feed.read(position, count_max=CHANGE_COUNT_MAX, topics=topics)
+            if read_up_to == position:
                 await fed.wait()
             for item in items:
-                position = item.position
                 yield item
+            position = read_up_to
 
     def status(self) -> StateStatus:
         """Figures for people and monitors."""
         now_ns = self._clock.now_ns()
+        replica = self.replica
         linked = {peer.node_id for peer in self._p2p.peers() if peer.linked or peer.connected}
+        committee = replica.state.committee
         voters = []
-        for index, voter in enumerate(self._manifest.voters):
-            at_ns = self._replica.last_ack_ns.get(index)
-            is_online = voter.node_id == self._node_id or voter.node_id in linked
+        for index, seat in enumerate(committee.seats):
+            node_id = node_id_of(seat.public_key)
+            at_ns = replica.lanes.last_ack_ns.get(index)
+            is_online = node_id == self._node_id or node_id in linked
             age_s = None if at_ns is None else max(0.0, (now_ns - at_ns) / NS_PER_S)
-            voters.append(VoterStatus(name=voter.name, node_id=voter.node_id, is_online=is_online, last_ack_age_s=age_s))
-        observed, certified = self._replica.counts
+            voters.append(VoterStatus(name=seat.name, node_id=node_id, is_online=is_online, last_ack_age_s=age_s))
+        observed, certified = replica.counts
+        head = replica.checkpoint_head
+        silent = replica.spine.missing_voters() if replica.spine.is_waiting else ()
         return StateStatus(
             voters=tuple(voters),
-            quorum_size=self._manifest.quorum_size,
-            has_quorum=sum(v.is_online for v in voters) >= self._manifest.quorum_size,
-            is_voter=self._replica.voter is not None,
-            lane_count=self._replica.lane_count,
+            quorum_size=committee.committee.quorum_size,
+            has_quorum=sum(v.is_online for v in voters) >= committee.committee.quorum_size,
+            is_voter=replica.voter is not None,
+            may_write=replica.state.may_write(self._key.public_key),
+            lane_count=len(replica.lanes),
             observed_count=observed,
             certified_count=certified,
-            uncertified_count=self._replica.uncertified_count,
-            evidence_count=self._replica.evidence_count,
+            final_count=replica.state.op_count,
+            uncertified_count=replica.lanes.uncertified_count(),
+            uncovered_count=replica.lanes.tail_count,
+            evidence_count=len(replica.lanes.evidence_raw),
             is_level=self._syncer.is_level,
             position=self._feed.last_position,
+            epoch=committee.committee.epoch,
+            height=replica.state.height,
+            spine_view=replica.spine.view,
+            spine_time_ms=replica.state.time_ms,
+            silent_voters=tuple(committee.committee.node_ids[voter] for voter in silent),
+            checkpoint_height=0 if head is None else head.height,
+            dropped_frame_count=self._limits.dropped_count,
+            clock_ahead_ms=replica.lanes.clock_ahead_ms(now_ns),
         )
+
+    # ── for those who want evidence ─────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def store_size_bytes(self) -> int:
+        """What the state takes on disk."""
+        return self._store.size_bytes
+
+    def newest_blocks(self) -> Iterator[tuple[Level, Entry]]:
+        """Blocks that the feed remembers, each with a level that it reached, newest first. Use it up before the next await."""
+        return self._feed.newest_blocks()
+
+    async def read_blocks(self, lane: bytes, *, first_seq: int, last_seq: int, size_max_bytes: int) -> tuple[bytes, ...]:
+        """COSE bytes of a lane's blocks from the journal, without gaps from `first_seq`; none below the checkpoint.
+
+        Raises:
+          HostError: the disk refused.
+        """
+        read = partial(self._store.read_blocks, lane, first_seq=first_seq, last_seq=last_seq, size_max_bytes=size_max_bytes)
+        return await trio.to_thread.run_sync(read)
+
+    async def read_buckets(self, numbers: Sequence[int]) -> tuple[bytes, ...]:
+        """Buckets of the stored checkpoint; another one may be stored between two calls.
+
+        Raises:
+          HostError: the disk refused.
+        """
+        return await trio.to_thread.run_sync(lambda: tuple(map(self._store.read_bucket, numbers)))
 
     # ── recovery ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _recover(self) -> None:
-        replay = self._store.replay()
+        replica = self._make_replica()
         try:
-            for row in replay.feed:
-                self._feed.publish(self._replica.recover_row(row))
-            for lane, evidence in replay.evidence:
-                self._replica.recover_evidence(lane, evidence)
-            for ack in replay.acks:
-                self._replica.recover_ack(ack)
-        except (DecodeError, AssertionError) as exc:
+            loaded = self._store.load()
+            for note in loaded.notes:
+                _logger.warning("state.store_repaired", what=note)
+            repeat_count = replica.recover_checkpoint(loaded.meta, loaded.buckets)
+            feed = Feed(replica.expand)
+            feed.begin(replica.next_position - 1)
+            for index, record in enumerate(loaded.records):
+                rows = replica.recover(record, is_repeat=index < repeat_count)
+                if rows:
+                    feed.publish(rows)
+        except (DecodeError, AssertionError, KeyError) as exc:
             raise HostError(
                 f"the state store cannot be read back: {exc}",
                 hint="move it away: the node gets everything certified back from its peers",
             ) from exc
-        self._replica.finish_recovery()
+        replica.finish_recovery()
+        self.replica, self._feed = replica, feed
+        self._follow_committee()
+
+    def _open_lane(self) -> LaneId | None:
+        return self.replica.open_lane(self._clock.now_ns(), self._rng.getrandbits(16))
+
+    async def install(self, snapshot: Snapshot) -> None:
+        """Begin anew with a snapshot; what we promised is kept."""
+        self._is_ready = False
+        try:
+            async with self._limiter:
+                pass
+            meta, records = self.replica.install_plan(snapshot)
+            # No commit may run between: the replica that they belong to is gone after it.
+            self._commits.clear()
+            buckets = dict(snapshot.buckets)
+            await trio.to_thread.run_sync(self._store.checkpoint, meta, buckets, records, limiter=self._limiter)
+            self._fail_waiting(UnavailableError("the node began anew with a snapshot", hint="try again"))
+            self._recover()
+            self._open_lane()
+        finally:
+            self._is_ready = True
+        self._fed.set()
+        self._fed = trio.Event()
+        self._handle(Tick())
+        self._commit_wanted.set()
+
+    def _fail_waiting(self, error: FormationError) -> None:
+        self._done_count = self._placed_count
+        for queue in (self._writes, *self._waiting.values()):
+            waiting = list(queue)
+            queue.clear()
+            for write in waiting:
+                write.done(error)
 
     # ── the machine and its effects ─────────────────────────────────────────────────────────────────────────────
 
+    def take(self, event: RangeReceived | SpineReceived) -> None:
+        """An answer that the syncer got."""
+        if self._is_ready:
+            self._handle(event)
+
     def _handle(self, event: Input) -> None:
-        for effect in self._replica.handle(event, self._clock.now_ns()):
+        for effect in self.replica.handle(event, self._clock.now_ns()):
             self._carry_out(effect)
-        if self._replica.needs_commit:
+        if self.replica.needs_commit:
             self._commit_wanted.set()
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
-            case Send(frame, kind):
+            case Send(frame, kind, awaited_by):
                 for node_id in self._others:
-                    self._p2p.send_frame(node_id, frame)
+                    self._p2p.send_frame(node_id, frame, is_lazy=awaited_by is not None and node_id not in awaited_by)
                 self._outbox.put(kind, frame)
                 self._gossip_wanted.set()
-            case Commit(batch):
-                self._commits.append(batch)
-            case Notify(changes):
-                self._feed.publish(changes)
-                self._fed.set()
-                self._fed = trio.Event()
+            case SendTo(node_id, frames):
+                for frame in frames:
+                    self._p2p.send_frame(node_id, frame)
+            case Commit():
+                self._commits.append(effect)
+            case Notify(rows):
+                self._publish(rows)
             case Certified(lanes):
-                for lane, seq in [
-                    at for at in self._certified if at[0] in lanes and self._replica.certified_seq(at[0]) >= at[1]
-                ]:
-                    self._certified.pop((lane, seq)).set()
-                # A certificate makes room in our own window for writes that wait.
-                self._commit_wanted.set()
+                self._note_certified(lanes)
+            case Finalised():
+                self._note_final(effect)
             case WakeAt(at_ns):
-                if self._wake_at_ns is None or at_ns < self._wake_at_ns:
-                    self._wake_at_ns = at_ns
+                heappush(self._wakes, at_ns)
+                if self._wakes[0] == at_ns:
                     self._wake_changed.set()
             case SyncWanted():
                 self._syncer.want_nowait()
+            case Diverged(height):
+                self._failure = HostError(
+                    f"the state at height {height} is not the one that the network agreed on: this copy is damaged",
+                    hint="move the node's state folder away: it gets everything certified back from its peers",
+                )
+                self._commit_wanted.set()
             case Fault(node_id, reason):
                 self._fault_count += 1
                 # At 1, 2, 4, 8, …: a hostile peer must not fill the disk with our log.
                 if self._fault_count & (self._fault_count - 1) == 0:
                     _logger.warning("state.peer_fault", peer=node_id, reason=reason, count=self._fault_count)
 
+    def _publish(self, rows: Sequence[Row]) -> None:
+        self._feed.publish(rows)
+        self._fed.set()
+        self._fed = trio.Event()
+
+    def _note_certified(self, lanes: tuple[LaneId, ...]) -> None:
+        own = self.replica.own_lane
+        if own in lanes:
+            self._release(Level.CERTIFIED, self.replica.certified_seq(own))
+            # A certificate makes room in our own window for writes that wait.
+            self._commit_wanted.set()
+        self._release_levelled()
+
+    def _note_final(self, effect: Finalised) -> None:
+        waiting = self._waiting[Level.FINAL]
+        for seq, voids in effect.own:
+            while waiting and waiting[0].seq <= seq:
+                write = waiting.popleft()
+                void = voids[write.index] if write.seq == seq else ""
+                self._done_count += 1
+                write.done(ConflictError(void, hint="formation op show tells where it stands") if void else self._token(write))
+        self._release_levelled()
+        self._follow_committee()
+        if self._is_ready and self.replica.own_lane is None:
+            # Admitted, dismissed, or the spine closed our lane: somebody used our key elsewhere. What it did not take is void,
+            # and numbers of the next lane must not be taken for those of this one.
+            self._fail_waiting(UnavailableError("the network closed this node's lane before it took this", hint="try again"))
+            if self.replica.state.may_write(self._key.public_key):
+                self._open_lane()
+
+    def _release(self, level: Level, seq: int) -> None:
+        waiting = self._waiting[level]
+        while waiting and waiting[0].seq <= seq:
+            write = waiting.popleft()
+            self._done_count += 1
+            write.done(self._token(write))
+
+    def _release_levelled(self) -> None:
+        for at in [at for at in self._levelled if self._has_reached(*at)]:
+            self._levelled.pop(at).set()
+
+    def _token(self, write: _Write) -> Token:
+        lane = self.replica.own_lane
+        return Token(lane="" if lane is None else lane.hex(), seq=write.seq)
+
+    def _follow_committee(self) -> None:
+        """Link with whoever votes now, and with the admitted nodes if we vote."""
+        state = self.replica.state
+        at = (state.committee.committee.epoch, len(state.admitted))
+        if at == self._linked_epoch:
+            return
+        self._linked_epoch = at
+        voters = set(state.committee.committee.node_ids)
+        is_voter = self._node_id in voters
+        linked = set(voters) if is_voter or self._key.public_key in state.admitted else set()
+        if is_voter:
+            linked.update(map(node_id_of, sorted(state.admitted)[:LINKED_COUNT_MAX]))
+        linked.discard(self._node_id)
+        self._others = tuple(sorted(linked))
+        for seat in state.committee.seats:
+            node_id = node_id_of(seat.public_key)
+            if node_id != self._node_id:
+                self._p2p.add_known_peer(node_id, seat.addresses)
+        self._p2p.set_linked(frozenset(linked))
+
     async def _commit_loop(self) -> None:
         """The store's one user for writing: what gathered while a commit ran goes into the next."""
+        began_at = 0.0
         while True:
             await self._commit_wanted.wait()
+            early_s = began_at + COMMIT_INTERVAL_S - trio.current_time()
+            if early_s > 0:
+                await trio.sleep(early_s)
+            began_at = trio.current_time()
             self._commit_wanted = trio.Event()
+            if self._failure is not None:
+                raise self._failure
+            if not self._is_ready:
+                continue
             self._submit_writes()
             self._handle(CommitReady())
             while self._commits:
-                batch = self._commits.popleft()
-                await trio.to_thread.run_sync(self._store.commit, (batch,), limiter=self._limiter)
-                self._handle(Stored(batch.number))
-                self._stored.set()
-                self._stored = trio.Event()
+                commit = self._commits.popleft()
+                replica = self.replica
+                await trio.to_thread.run_sync(self._store_commit, commit, limiter=self._limiter)
+                if self.replica is not replica:
+                    break
+                self._handle(Stored(commit.number))
+                self._release(Level.OBSERVED, self.replica.durable_own_seq)
+
+    def _store_commit(self, commit: Commit) -> None:
+        if commit.checkpoint is None:
+            self._store.commit(commit.records)
+        else:
+            self._store.checkpoint(commit.checkpoint.meta, commit.checkpoint.buckets, commit.records)
 
     def _submit_writes(self) -> None:
         """Waiting writes become blocks, in order, as many neighbours of one kind in each as fit."""
-        while self._writes and self._replica.has_room:
+        while self._writes and self.replica.has_room:
             kind, size_bytes = self._writes[0].kind, 0
             taken: list[_Write] = []
             while self._writes and self._writes[0].kind is kind and len(taken) < BLOCK_OP_COUNT_MAX:
-                size_bytes += len(self._writes[0].op) + 5
+                size_bytes += self._writes[0].size_bytes
                 if taken and size_bytes > BLOCK_OPS_SIZE_MAX_BYTES:
                     break
                 taken.append(self._writes.popleft())
+            seq = self.replica.own_head_seq + 1
+            self._placed_count += len(taken)
+            for index, write in enumerate(taken):
+                write.seq, write.index = seq, index
+                self._waiting[write.level].append(write)
             self._handle(Submit(kind, tuple(write.op for write in taken)))
-            for write in taken:
-                write.seq = self._replica.own_head_seq
-                write.placed.set()
 
     async def _tick_loop(self) -> None:
         while True:
-            if self._wake_at_ns is None:
+            if not self._wakes:
                 await self._wake_changed.wait()
             self._wake_changed = trio.Event()
-            assert self._wake_at_ns is not None
-            left_s = max(0.0, (self._wake_at_ns - self._clock.now_ns()) / NS_PER_S)
+            left_s = max(0.0, (self._wakes[0] - self._clock.now_ns()) / NS_PER_S)
             with trio.move_on_after(left_s):
                 await self._wake_changed.wait()
-            if self._clock.now_ns() >= self._wake_at_ns:
-                self._wake_at_ns = None
-                self._handle(Tick())
+            now_ns = self._clock.now_ns()
+            if self._wakes[0] <= now_ns:
+                while self._wakes and self._wakes[0] <= now_ns:
+                    heappop(self._wakes)
+                if self._is_ready:
+                    self._handle(Tick())
 
     # ── network ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _on_frame(self, node_id: NodeId, frame: bytes) -> None:
-        if self._is_ready:
+        if self._is_ready and self._limits.admits(node_id, size_bytes=len(frame), now_ns=self._clock.now_ns()):
             self._handle(FrameReceived(node_id, frame))
 
     def _on_link(self, node_id: NodeId, is_up: bool) -> None:
@@ -483,12 +841,12 @@ class StateService:
 
     async def _gossip_loop(self) -> None:
         """Publish what observers follow, if there are any; drop it otherwise."""
-        voters = {voter.node_id for voter in self._manifest.voters}
         while True:
             await self._gossip_wanted.wait()
             self._gossip_wanted = trio.Event()
             await trio.sleep(GOSSIP_INTERVAL_S)
             messages = self._outbox.take_messages()
+            voters = frozenset(self.replica.state.committee.committee.node_ids)
             if not messages or all(peer.node_id in voters for peer in self._p2p.peers() if peer.connected):
                 continue
             for topic, message in messages:
@@ -498,7 +856,7 @@ class StateService:
                     _logger.debug("state.gossip_failed", topic=topic, error=str(exc))
 
     def _validate_gossip(self, author: NodeId, data: bytes) -> Verdict:
-        if author not in self._others:
+        if author not in self.replica.state.committee.committee.node_ids:
             return Verdict.IGNORE
         try:
             unpack_frames(data)
@@ -509,7 +867,8 @@ class StateService:
     def _deliver_gossip(self, author: NodeId, data: bytes) -> None:
         if self._is_ready:
             for frame in unpack_frames(data):
-                self._handle(FrameReceived(author, frame))
+                if self._limits.admits(author, size_bytes=len(frame), now_ns=self._clock.now_ns()):
+                    self._handle(FrameReceived(author, frame))
 
 
 def _lane_of(token: Token) -> LaneId:

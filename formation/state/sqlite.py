@@ -1,213 +1,302 @@
-"""State Store on SQLite: WAL, synchronous=FULL, one transaction and one sync for many batches.
+"""Checkpointed state of the real store: buckets and meta in one SQLite file, and which generation of the journal counts.
 
-The only file that imports sqlite3. A second process is refused by a lock file beside the database, held with flock for
-as long as the store is open: SQLite's own locks would let both in and mix their promises.
+The only file that imports sqlite3. It is written once a checkpoint, in one transaction (WAL, synchronous=FULL), which is
+the moment at which the checkpoint is in force.
+
+SQLite finds damage in its own structure only, and takes a damaged end of its log for one that was cut off. So each bucket
+has a CRC-32, and a *seal*, SHA-256 over network, journal, meta and the CRCs of all buckets, says that nothing is missing
+or of another age. That the newest transaction is there is proved by the journal, whose files are of its generation.
+
+Schema: the table `migrations` says which steps of MIGRATIONS a file has had; a step that is missing is made at opening,
+each in a transaction with its row. A file with a step that is not known here was written by a newer version and is refused.
+Version 1 was release 0.1.0's, whose networks were demonstrations: refused, with the way out.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from struct import Struct
+from zlib import crc32
 
 from formation.core.errors import HostError, UsageError
-from formation.state.store import AckRow, Batch, FeedRow, Replay, ReplayedRow
 
-SCHEMA_VERSION = 1
-# Rows fetched at once when replaying: bounds memory while a long history streams through.
-REPLAY_ROW_COUNT = 256
-# WAL pages before SQLite copies them back (4 KiB each): 16 MiB, so that a burst of full blocks does not stall a commit.
-WAL_PAGE_COUNT_MAX = 4096
-
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE blocks (
-  id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, lane BLOB NOT NULL, seq INTEGER NOT NULL,
-  is_unseated INTEGER NOT NULL DEFAULT 0, raw BLOB NOT NULL);
-CREATE INDEX blocks_by_lane ON blocks (lane, seq);
-CREATE TABLE acks (hash BLOB PRIMARY KEY, raw BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE evidence (lane BLOB PRIMARY KEY, raw BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE proofs (
-  lane BLOB NOT NULL, seq INTEGER NOT NULL, voter INTEGER NOT NULL, raw BLOB NOT NULL,
-  PRIMARY KEY (lane, seq, voter)) WITHOUT ROWID;
-CREATE TABLE feed (position INTEGER PRIMARY KEY, count INTEGER NOT NULL, is_certified INTEGER NOT NULL, block INTEGER NOT NULL);
-"""
+HINT_MOVE = "move {folder} away and start again: the node gets everything certified back from its peers"
+# The log keeps this much after a large checkpoint was copied back; the rest of it goes back to the disk.
+WAL_SIZE_MAX_BYTES = 16 * 1024 * 1024
+# Longer than any backup program holds a lock for; then the opener or checkpoint says who is in the way.
+BUSY_TIMEOUT_S = 5.0
+RELEASE_0_1_0 = 1
+# The second when SQLite's complaint quotes damaged text.
+_FAILURES = (sqlite3.Error, UnicodeDecodeError)
+_HEAD_KEYS = ("network", "journal", "meta", "seal")
+# generation, count of frames
+_JOURNAL = Struct(">QQ")
 
 
-class SqliteStore:
-    """One database file and its lock file, in a directory that exists."""
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One step from a version of the schema to the next; never edited once released."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock_path = path.with_suffix(path.suffix + ".lock")
-        self._lock_fd: int | None = None
+    version: int
+    what: str
+    statements: tuple[str, ...]
+
+
+MIGRATIONS: tuple[Migration, ...] = (
+    Migration(
+        2,
+        "checkpointed buckets",
+        (
+            "CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID",
+            # The CRC stands first, so that reading all of them does not read the contents.
+            "CREATE TABLE buckets (number INTEGER PRIMARY KEY, crc INTEGER NOT NULL, content BLOB NOT NULL)",
+        ),
+    ),
+)
+
+
+class SqliteView:
+    """Buckets and meta as of the last checkpoint. One writer; reads are the caller's to keep apart from `write`."""
+
+    def __init__(self, path: Path, *, migrations: Sequence[Migration] = MIGRATIONS) -> None:
+        self.path = path
+        self.generation = 0
+        """Of the journal; 0: none yet, the store is new."""
+        self.frame_count = 0
+        """That the generation began with: so many are there, or the disk lied about its sync."""
+        self.meta = b""
+        self._migrations = migrations
+        self._network_id = b""
+        self._crcs: dict[int, int] = {}
         self._connection: sqlite3.Connection | None = None
 
-    def open(self, network_id: bytes) -> None:
-        """See Store."""
-        self._take_lock()
+    def open(self, network_id: bytes) -> list[str]:
+        """Open or make the file, bring its schema up to date, check it. Returns notes.
+
+        Raises:
+          HostError: damaged, of another version, or the disk refused.
+          UsageError: it belongs to another network.
+        """
+        self._network_id = network_id
         try:
-            self._open_database(network_id)
-        except BaseException:
-            self.close()
+            # From whichever worker thread: the store serialises.
+            db = self._connection = sqlite3.connect(
+                self.path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S
+            )
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            db.execute(f"PRAGMA journal_size_limit={WAL_SIZE_MAX_BYTES}")
+            # A process that was killed may have left a transaction that is in the kernel's memory only. Copying the log back
+            # syncs it first, so that what is read below is safe before anything is done on the strength of it.
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            notes = self._migrate(db)
+            self._read_head(db)
+        except _FAILURES as exc:
+            raise self._error(exc) from exc
+        return notes
+
+    def _migrate(self, db: sqlite3.Connection) -> list[str]:
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if tables and "migrations" not in tables:
+            raise self._refuse_old(db, tables)
+        done = {version for (version,) in db.execute("SELECT version FROM migrations")} if tables else set()
+        known = {migration.version for migration in self._migrations}
+        if done - known:
+            raise HostError(
+                f"state store {self.path} has schema {max(done - known)}, this version knows {max(known)}",
+                hint=f"upgrade formation; or {HINT_MOVE.format(folder=self.path.parent)}",
+            )
+        notes: list[str] = []
+        for migration in self._migrations:
+            if migration.version not in done:
+                self._step(db, migration)
+                if done:
+                    notes.append(f"{self.path}: brought to schema {migration.version} ({migration.what})")
+        return notes
+
+    def _step(self, db: sqlite3.Connection, migration: Migration) -> None:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            db.execute("CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY, what TEXT NOT NULL)")
+            for statement in migration.statements:
+                db.execute(statement)
+            db.execute("INSERT INTO migrations VALUES (?, ?)", (migration.version, migration.what))
+            db.execute("COMMIT")
+        except _FAILURES:
+            if db.in_transaction:
+                db.rollback()
             raise
 
-    def _take_lock(self) -> None:
-        try:
-            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as exc:
-            raise HostError(
-                f"cannot open {self._lock_path}: {exc.strerror}", hint="check that the data directory exists and is yours"
-            ) from exc
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            os.close(fd)
-            raise HostError(
-                f"{self._path} is in use by another process",
-                hint="a node with this data directory is running already: stop it, or give this one its own --data-dir",
-            ) from exc
-        self._lock_fd = fd
+    def _refuse_old(self, db: sqlite3.Connection, tables: set[str]) -> HostError:
+        if {"meta", "blocks", "feed"} <= tables:
+            rows = db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchall()
+            if rows == [(str(RELEASE_0_1_0).encode(),)]:
+                return old_release(self.path)
+        return self._damage("it is no state store")
 
-    def _open_database(self, network_id: bytes) -> None:
-        try:
-            # One caller at a time, from whichever worker thread: the shell serialises.
-            self._connection = connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-            connection.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGE_COUNT_MAX}")
-            if connection.execute("SELECT count(*) FROM sqlite_master WHERE name='meta'").fetchone()[0] == 0:
-                rows = [("schema", str(SCHEMA_VERSION).encode()), ("network", network_id)]
-                connection.executescript("BEGIN IMMEDIATE;" + _SCHEMA)
-                connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
-                connection.execute("COMMIT")
-            meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
-        except sqlite3.Error as exc:
-            raise self._error(exc) from exc
-        if meta.get("schema") != str(SCHEMA_VERSION).encode():
-            version = bytes(meta.get("schema", b"?")).decode(errors="replace")
-            raise HostError(
-                f"{self._path} has schema {version}, this version knows {SCHEMA_VERSION}",
-                hint="upgrade formation, or move the file away",
-            )
-        if meta.get("network") != network_id:
-            raise UsageError(f"{self._path} belongs to another network", hint="give each network its own --data-dir")
+    def _read_head(self, db: sqlite3.Connection) -> None:
+        rows: dict[object, object] = dict(db.execute("SELECT key, value FROM meta").fetchall())
+        crcs: dict[object, object] = dict(db.execute("SELECT number, crc FROM buckets").fetchall())
+        if not rows and not crcs:
+            self.generation, self.frame_count, self.meta = 0, 0, b""
+            return
+        # A flipped bit can change a value's type as well.
+        head = [value for key in _HEAD_KEYS if isinstance(value := rows.get(key), bytes)]
+        self._crcs = {number: crc for number, crc in crcs.items() if isinstance(number, int) and isinstance(crc, int)}
+        if len(head) != len(_HEAD_KEYS) or len(self._crcs) != len(crcs):
+            raise self._damage("its head is not what was written")
+        network_id, journal, meta, seal = head
+        if len(journal) != _JOURNAL.size or seal != seal_of(network_id, journal, meta, self._crcs):
+            raise self._damage("its seal does not match")
+        if network_id != self._network_id:
+            raise UsageError(f"{self.path} belongs to another network", hint="give each network its own --data-dir")
+        self.generation, self.frame_count = _JOURNAL.unpack(journal)
+        self.meta = meta
 
-    def replay(self) -> Replay:
-        """See Store."""
-        try:
-            acks = tuple(AckRow(hash=h, raw=r) for h, r in self._db().execute("SELECT hash, raw FROM acks"))
-            evidence = tuple((lane, raw) for lane, raw in self._db().execute("SELECT lane, raw FROM evidence"))
-        except sqlite3.Error as exc:
-            raise self._error(exc) from exc
-        return Replay(feed=self._replay_rows(), acks=acks, evidence=evidence)
+    def write(self, generation: int, frame_count: int, meta: bytes, buckets: Mapping[int, bytes]) -> None:
+        """Put a checkpoint in force; durable when it returns.
 
-    def _replay_rows(self) -> Iterator[ReplayedRow]:
-        try:
-            cursor = self._db().execute(
-                "SELECT position, count, is_certified, hash, is_unseated, CASE is_certified WHEN 0 THEN raw END"
-                " FROM feed JOIN blocks ON blocks.id = feed.block ORDER BY position"
-            )
-            while rows := cursor.fetchmany(REPLAY_ROW_COUNT):
-                for position, count, is_certified, hash_, is_unseated, raw in rows:
-                    row = FeedRow(position=position, count=count, is_certified=bool(is_certified), hash=hash_)
-                    yield ReplayedRow(row=row, raw=raw, is_unseated=bool(is_unseated))
-        except sqlite3.Error as exc:
-            raise self._error(exc) from exc
+        Args:
+          generation: of the journal.
+          frame_count: that it begins with.
+          meta: replaces the one before.
+          buckets: the changed ones; b"" deletes.
 
-    def commit(self, batches: Sequence[Batch]) -> None:
-        """See Store."""
+        Raises:
+          WriteUnknownError: it may be in force or not.
+          HostError: it is not.
+        """
+        crcs = {number: crc for number, crc in self._crcs.items() if number not in buckets}
+        crcs.update((number, _crc_of(number, content)) for number, content in buckets.items() if content)
+        journal = _JOURNAL.pack(generation, frame_count)
+        seal = seal_of(self._network_id, journal, meta, crcs)
+        head = zip(_HEAD_KEYS, (self._network_id, journal, meta, seal), strict=True)
         db = self._db()
         try:
             db.execute("BEGIN IMMEDIATE")
-            for batch in batches:
-                self._write(db, batch)
+            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", head)
+            db.executemany("DELETE FROM buckets WHERE number = ?", [(n,) for n, content in buckets.items() if not content])
+            db.executemany(
+                "INSERT OR REPLACE INTO buckets VALUES (?, ?, ?)",
+                ((number, crcs[number], content) for number, content in buckets.items() if content),
+            )
             db.execute("COMMIT")
-        except sqlite3.Error as exc:
+        except _FAILURES as exc:
+            raise self._rolled_back(db, exc) from exc
+        self.generation, self.frame_count, self.meta, self._crcs = generation, frame_count, meta, crcs
+
+    def _rolled_back(self, db: sqlite3.Connection, exc: Exception) -> HostError:
+        is_known = _code_of(exc) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+        try:
             if db.in_transaction:
                 db.rollback()
-            raise self._error(exc) from exc
+        except sqlite3.Error:
+            is_known = False
+        error = self._error(exc)
+        return error if is_known else WriteUnknownError(error.message, hint=error.hint)
 
-    def _write(self, db: sqlite3.Connection, batch: Batch) -> None:
-        db.executemany(
-            "INSERT OR IGNORE INTO blocks (hash, lane, seq, raw) VALUES (?, ?, ?, ?)",
-            [(b.hash, b.lane, b.seq, b.raw) for b in batch.blocks],
-        )
-        db.executemany("UPDATE blocks SET is_unseated = 1 WHERE hash = ?", [(h,) for h in batch.unseated])
-        db.executemany("INSERT OR IGNORE INTO acks VALUES (?, ?)", [(a.hash, a.raw) for a in batch.acks])
-        db.executemany("DELETE FROM acks WHERE hash = ?", [(h,) for h in batch.acks_dropped])
-        db.executemany("INSERT OR IGNORE INTO evidence VALUES (?, ?)", batch.evidence)
-        db.executemany(
-            "INSERT OR IGNORE INTO proofs VALUES (?, ?, ?, ?)", [(p.lane, p.seq, p.voter, p.raw) for p in batch.proofs]
-        )
-        db.executemany(
-            "INSERT INTO feed VALUES (?, ?, ?, (SELECT id FROM blocks WHERE hash = ?))",
-            [(f.position, f.count, f.is_certified, f.hash) for f in batch.feed],
-        )
+    def read_bucket(self, number: int) -> bytes:
+        """Content; b"" if there is none.
 
-    def read_blocks(self, lane: bytes, *, first_seq: int, last_seq: int, size_max_bytes: int) -> tuple[bytes, ...]:
-        """See Store."""
-        found: list[bytes] = []
-        size_bytes = 0
+        Raises:
+          HostError: the disk refused, or it is not what was written.
+        """
+        if number not in self._crcs:
+            return b""
         try:
-            rows = self._db().execute(
-                "SELECT seq, raw FROM blocks WHERE lane = ? AND seq BETWEEN ? AND ? AND is_unseated = 0 ORDER BY seq",
-                (lane, first_seq, last_seq),
-            )
-            for seq, raw in rows:
-                size_bytes += len(raw)
-                if seq != first_seq + len(found) or (found and size_bytes > size_max_bytes):
-                    break
-                found.append(raw)
-        except sqlite3.Error as exc:
+            rows = self._db().execute("SELECT content FROM buckets WHERE number = ?", (number,)).fetchall()
+        except _FAILURES as exc:
             raise self._error(exc) from exc
-        return tuple(found)
+        return self._checked(number, rows[0][0] if rows else None)
 
-    def read_proof(self, lane: bytes, *, above_seq: int) -> tuple[bytes, ...]:
-        """See Store."""
-        try:
-            rows = self._db().execute(
-                "SELECT raw FROM proofs WHERE lane = ?1 AND seq = (SELECT min(seq) FROM proofs WHERE lane = ?1 AND seq > ?2)",
-                (lane, above_seq),
-            )
-            return tuple(raw for (raw,) in rows)
-        except sqlite3.Error as exc:
-            raise self._error(exc) from exc
+    def buckets(self) -> Iterator[tuple[int, bytes]]:
+        """Every bucket by rising number.
+
+        Raises:
+          HostError: as for `read_bucket`.
+        """
+        for number in sorted(self._crcs):
+            yield number, self.read_bucket(number)
+
+    def _checked(self, number: int, content: object) -> bytes:
+        if not isinstance(content, bytes) or _crc_of(number, content) != self._crcs[number]:
+            raise self._damage(f"bucket {number} is not what was written")
+        return content
+
+    @property
+    def size_bytes(self) -> int:
+        """Taken on disk, with its log."""
+        found = 0
+        for suffix in ("", "-wal", "-shm"):
+            try:
+                found += self.path.with_name(self.path.name + suffix).stat().st_blocks * 512
+            except FileNotFoundError:
+                continue
+        return found
 
     def close(self) -> None:
-        """See Store."""
+        """Give the file free. Never raises."""
         if self._connection is not None:
             try:
                 self._connection.close()
             except sqlite3.Error:
-                # Everything acknowledged is in the log already; the next open recovers it.
+                # Everything promised is in its log already; the next open recovers it.
                 pass
             self._connection = None
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
 
     def _db(self) -> sqlite3.Connection:
         assert self._connection is not None
         return self._connection
 
-    def _error(self, exc: sqlite3.Error) -> HostError:
+    def _damage(self, why: str) -> HostError:
+        return HostError(f"state store {self.path} is damaged: {why}", hint=HINT_MOVE.format(folder=self.path.parent))
+
+    def _error(self, exc: Exception) -> HostError:
         """What the disk said, for people."""
-        code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
-        match code:
-            case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
-                what, hint = (
-                    "is damaged",
-                    "move it away and start again: the node gets everything certified back from its peers",
-                )
+        match _code_of(exc):
             case sqlite3.SQLITE_FULL:
-                what, hint = "cannot grow: the disk is full", "free some space, then start the node again"
+                what, hint = "cannot grow: the disk is full", "free some space on it"
             case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
                 what, hint = "is locked by another program", "close whatever has it open (a database browser?)"
             case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
                 what, hint = "cannot be opened for writing", "check owner and mode of the file and its directory"
-            case _:
+            case sqlite3.SQLITE_IOERR:
                 what, hint = "failed", "look at the disk (dmesg), then start the node again"
-        return HostError(f"state store {self._path} {what}: {exc}", hint=hint)
+            case _:
+                # Our statements are right, so whatever else SQLite says about them is said about the file.
+                return self._damage(str(exc))
+        return HostError(f"state store {self.path} {what}: {exc}", hint=hint)
+
+
+class WriteUnknownError(HostError):
+    """A transaction failed, and only opening the file anew tells whether it is in force."""
+
+
+def seal_of(network_id: bytes, journal: bytes, meta: bytes, crcs: Mapping[int, int]) -> bytes:
+    """SHA-256 of everything that makes a checkpoint."""
+    digest = sha256()
+    for part in (network_id, journal, meta):
+        digest.update(len(part).to_bytes(8, "big") + part)
+    for number in sorted(crcs):
+        digest.update(number.to_bytes(8, "big", signed=True) + crcs[number].to_bytes(8, "big", signed=True))
+    return digest.digest()
+
+
+def old_release(path: Path) -> HostError:
+    """For a store of release 0.1.0."""
+    return HostError(
+        f"{path} is the state of release 0.1.0, which this version cannot read",
+        hint=f"move {path} away; a network of 0.1.0 was a demonstration and must be founded anew",
+    )
+
+
+def _crc_of(number: int, content: bytes) -> int:
+    return crc32(content, number & 0xFFFFFFFF)
+
+
+def _code_of(exc: Exception) -> int:
+    return int(getattr(exc, "sqlite_errorcode", 0)) & 0xFF

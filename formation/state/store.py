@@ -1,220 +1,323 @@
 """State Store: the port, its values, and the in-memory twin.
 
-A batch is one commit: blocks, acks (our own among them), evidence and feed rows become durable together or not at all.
-That is what makes "block and own ack on disk before the ack leaves" hold across crashes. The store knows nothing of
-what it holds; it answers by lane and number, and replays in the order of the feed.
+The store is a journal of records and, below it, a checkpointed state: numbered buckets and one meta value. It knows
+nothing of what it holds. `commit` makes records durable, all of them or none; `checkpoint` moves the beginning of the
+journal forward, atomically: afterwards the state is the newest content of every bucket ever given, the meta value, and
+the records given with it, followed by what is committed later. Nothing else of the journal stays readable.
+
+Rules that callers rely on:
+(1) What `commit` or `checkpoint` returned for is there after any crash. What they had not returned for is there as a
+    whole or not at all, and only if everything before it is there.
+(2) An error of `commit` says "not promised", not "not there": what failed may turn up as a whole after the next open.
+(3) `load` gives records in the order of their commits; `read_blocks` the newest record of each (lane, seq).
+(4) One thread at a time calls open, load, commit, checkpoint and close. `read_blocks` and `read_bucket` may run in other
+    threads meanwhile and see either the state before or after a commit or checkpoint, never one in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from threading import Lock
 from typing import Protocol
 
 from formation.core.errors import HostError, UsageError
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockRow:
-    """A block as received."""
-
-    hash: bytes
-    lane: bytes
-    seq: int
-    raw: bytes
+KIND_MAX = 255
+SEQ_MAX = (1 << 63) - 1
+LANE_SIZE_BYTES = 42
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AckRow:
-    """An ack as received."""
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One entry of the journal."""
 
-    hash: bytes
-    raw: bytes
+    kind: int
+    """1 to 255; what it means is the replica's business."""
+    body: bytes
+    """Raw."""
+    lane: bytes = b""
+    """42-byte lane id, for blocks only: makes the record findable by `read_blocks`."""
+    seq: int = 0
+    """Of the block on its lane; below 2**63."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProofRow:
-    """One of the acks that certified a lane up to a number: kept now and then, so that history can be proven in parts."""
-
-    lane: bytes
-    seq: int
-    voter: int
-    raw: bytes
+def check_record(record: Record) -> None:
+    """Stop a caller who gives what cannot be kept."""
+    assert 1 <= record.kind <= KIND_MAX
+    assert 0 <= record.seq <= SEQ_MAX
+    assert len(record.lane) in (0, LANE_SIZE_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FeedRow:
-    """All operations of one block reached one level here."""
+class Loaded:
+    """All that is in a store. Use both iterators up, once, before the next call of the store."""
 
-    position: int
-    """Of the first operation; the others follow."""
-    count: int
-    is_certified: bool
-    hash: bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """One commit."""
-
-    number: int
-    blocks: tuple[BlockRow, ...] = ()
-    acks: tuple[AckRow, ...] = ()
-    acks_dropped: tuple[bytes, ...] = ()
-    """Hashes of acks that nothing needs any more."""
-    evidence: tuple[tuple[bytes, bytes], ...] = ()
-    """(lane, CBOR of Evidence)."""
-    feed: tuple[FeedRow, ...] = ()
-    proofs: tuple[ProofRow, ...] = ()
-    unseated: tuple[bytes, ...] = ()
-    """Hashes of blocks that are no longer on their lane's chain; kept for the feed's sake, not served."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplayedRow:
-    """A feed row with the block that it is about (raw only when observed: certified repeats an earlier one)."""
-
-    row: FeedRow
-    raw: bytes | None
-    is_unseated: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replay:
-    """All that was committed."""
-
-    feed: Iterator[ReplayedRow]
-    """In order of position; consume it in the thread that `replay` ran in, or before the next call."""
-    acks: tuple[AckRow, ...]
-    evidence: tuple[tuple[bytes, bytes], ...]
+    meta: bytes
+    """Of the last checkpoint; b"" before the first."""
+    buckets: Iterator[tuple[int, bytes]]
+    """(number, content) by rising number."""
+    records: Iterator[Record]
+    """In order of commit, from the last checkpoint's records on."""
+    notes: tuple[str, ...] = ()
+    """What was found and repaired when the store was opened, one sentence each, for the log."""
 
 
 class Store(Protocol):
-    """Blocking calls: the shell runs them in a worker thread. Not re-entrant; one caller at a time."""
+    """Blocking calls; for threads see rule 4 of the module."""
 
     def open(self, network_id: bytes) -> None:
-        """Take the store for this process and this network.
+        """Take the store for this process and this network; repair what a crash left.
+
+        Args:
+          network_id: 32 bytes; a new store keeps it.
 
         Raises:
-          HostError: it cannot be opened; says which file and what to do.
+          HostError: locked by another process, damaged, or not writable; says which file and what to do.
           UsageError: it belongs to another network.
         """
         ...
 
-    def replay(self) -> Replay:
-        """Everything committed so far."""
-        ...
-
-    def commit(self, batches: Sequence[Batch]) -> None:
-        """Make batches durable, all with one sync.
+    def load(self) -> Loaded:
+        """Everything that is in the store; once after `open`.
 
         Raises:
-          HostError: the disk refused; the process must stop, for its promises can no longer be kept.
+          HostError: a file is damaged (from the iterators as well).
+        """
+        ...
+
+    def commit(self, records: Sequence[Record]) -> None:
+        """Make records durable, all of them with one sync, or none.
+
+        Raises:
+          HostError: not promised. With the disk full nothing was kept, and later commits work once there is space. After a
+            failed sync nobody knows what is on the disk: every later call raises, the process must stop.
+        """
+        ...
+
+    def checkpoint(self, meta: bytes, buckets: Mapping[int, bytes], records: Sequence[Record]) -> None:
+        """Start the journal anew; durable and atomic when it returns.
+
+        Args:
+          meta: replaces the one before.
+          buckets: the changed ones only; b"" deletes.
+          records: what of the journal is not covered by the buckets and must stay; they come first from now on.
+
+        Raises:
+          HostError: as for `commit`; the state before is kept.
         """
         ...
 
     def read_blocks(self, lane: bytes, *, first_seq: int, last_seq: int, size_max_bytes: int) -> tuple[bytes, ...]:
-        """Blocks on the lane's chain in order of number, without gaps from `first_seq`.
+        """Bodies of a lane's blocks by number, without gaps from `first_seq`; the newest record of each number.
 
         At least one if there is one, then as many as fit.
+
+        Raises:
+          HostError: the disk refused, or what it gave is not what was written.
         """
         ...
 
-    def read_proof(self, lane: bytes, *, above_seq: int) -> tuple[bytes, ...]:
-        """Raw acks of the first proof above a number; empty if none was kept there."""
+    def read_bucket(self, number: int) -> bytes:
+        """Content of a bucket as of the last checkpoint; b"" if there is none.
+
+        Raises:
+          HostError: as for `read_blocks`.
+        """
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """What the store takes on disk."""
         ...
 
     def close(self) -> None:
-        """Give the store free. Never raises."""
+        """Give the store free. Never raises; a second call does nothing."""
         ...
 
 
-class MemoryDisk:
-    """What survives when a MemoryStore is closed or its process "crashes"; for tests and simulators."""
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    meta: bytes
+    buckets: Mapping[int, bytes]
+    records: Sequence[Record]
 
-    def __init__(self) -> None:
-        self.network_id = b""
-        self.is_taken = False
-        self.blocks: dict[bytes, BlockRow] = {}
-        self.by_lane: dict[bytes, dict[int, bytes]] = {}
-        self.acks: dict[bytes, AckRow] = {}
-        self.evidence: dict[bytes, bytes] = {}
-        self.feed: list[FeedRow] = []
-        self.unseated: set[bytes] = set()
-        self.proofs: dict[bytes, dict[int, dict[int, bytes]]] = {}
+
+_Write = Sequence[Record] | _Checkpoint
+
+
+@dataclass(slots=True)
+class MemoryDisk:
+    """What survives when a MemoryStore is closed or its process "crashes"; for tests and simulators.
+
+    Faults: `is_full` makes commits and checkpoints fail; after `lie` they are acknowledged without being safe, so that a
+    crash may lose them; `copy` is a backup, or the disk of a cloned machine.
+    """
+
+    network_id: bytes = b""
+    holder: MemoryStore | None = None
+    """The store that has it open."""
+    meta: bytes = b""
+    buckets: dict[int, bytes] = field(default_factory=dict)
+    journal: list[Record] = field(default_factory=list)
+    blocks: dict[bytes, dict[int, bytes]] = field(default_factory=dict)
+    """Lane -> seq -> body of the newest record."""
+    unsynced: list[_Write] = field(default_factory=list)
+    """Begun and not yet promised, oldest first."""
+    is_full: bool = False
+    safe: MemoryDisk | None = None
+    """While the disk lies: what was safe when it began to."""
+    lied: list[_Write] = field(default_factory=list)
+    """Promised and not safe, oldest first."""
+
+    def lie(self) -> None:
+        """Acknowledge writes without keeping them safe, from now until the next crash."""
+        if self.safe is None:
+            self.safe = self.copy()
+
+    def crash(self, rng: Random) -> None:
+        """The machine goes down: of what was not synced, some beginning survives, by whole commits.
+
+        A log is read up to the first frame that is not whole, so a later write never survives without the earlier ones.
+        """
+        at_risk = self.lied + self.unsynced
+        if self.safe is not None:
+            safe = self.safe
+            self.meta, self.buckets, self.journal, self.blocks = safe.meta, safe.buckets, safe.journal, safe.blocks
+        kept = rng.randint(0, len(at_risk)) if at_risk else 0
+        for write in at_risk[:kept]:
+            self._apply(write)
+        self.unsynced, self.lied, self.safe, self.holder = [], [], None, None
+
+    def copy(self) -> MemoryDisk:
+        """A copy of what a process reads on it, free to be opened."""
+        return MemoryDisk(
+            network_id=self.network_id,
+            meta=self.meta,
+            buckets=dict(self.buckets),
+            journal=list(self.journal),
+            blocks={lane: dict(bodies) for lane, bodies in self.blocks.items()},
+        )
+
+    def _apply(self, write: _Write) -> None:
+        if isinstance(write, _Checkpoint):
+            self.meta = write.meta
+            self.buckets.update(write.buckets)
+            for number in [number for number, content in write.buckets.items() if not content]:
+                del self.buckets[number]
+            self.journal, self.blocks = [], {}
+            write = write.records
+        self.journal.extend(write)
+        for record in write:
+            if record.lane:
+                self.blocks.setdefault(record.lane, {})[record.seq] = record.body
 
 
 class MemoryStore:
-    """In-memory twin of the SQLite store."""
+    """In-memory twin of the real store.
+
+    A simulator that wants to crash between write and promise calls `begin` (or `begin_checkpoint`) when the machine asks for
+    a commit, and `sync` when the disk is done; `commit` and `checkpoint` are both at once.
+    """
 
     def __init__(self, disk: MemoryDisk | None = None) -> None:
-        self._disk = disk or MemoryDisk()
-        self._is_open = False
+        self._disk = MemoryDisk() if disk is None else disk
+        # Between readers in other threads and the moment at which a commit or checkpoint shows.
+        self._guard = Lock()
+
+    @property
+    def _is_open(self) -> bool:
+        return self._disk.holder is self
 
     def open(self, network_id: bytes) -> None:
         """See Store."""
-        if self._disk.is_taken:
+        if self._disk.holder is not None:
             raise HostError(
                 "the store is in use by another process", hint="stop the other node, or give this one its own --data-dir"
             )
         if self._disk.network_id not in (b"", network_id):
             raise UsageError("the store belongs to another network", hint="give this network its own --data-dir")
-        self._disk.network_id, self._disk.is_taken, self._is_open = network_id, True, True
+        self._disk.network_id, self._disk.holder = network_id, self
 
-    def replay(self) -> Replay:
-        """See Store."""
-        return Replay(feed=self._rows(), acks=tuple(self._disk.acks.values()), evidence=tuple(self._disk.evidence.items()))
-
-    def _rows(self) -> Iterator[ReplayedRow]:
-        for row in self._disk.feed:
-            raw = None if row.is_certified else self._disk.blocks[row.hash].raw
-            yield ReplayedRow(row=row, raw=raw, is_unseated=row.hash in self._disk.unseated)
-
-    def commit(self, batches: Sequence[Batch]) -> None:
+    def load(self) -> Loaded:
         """See Store."""
         assert self._is_open
         disk = self._disk
-        for batch in batches:
-            for block in batch.blocks:
-                disk.blocks[block.hash] = block
-                disk.by_lane.setdefault(block.lane, {})[block.seq] = block.hash
-            disk.unseated.update(batch.unseated)
-            for lane in disk.by_lane.values() if batch.unseated else ():
-                for seq in [s for s, h in lane.items() if h in disk.unseated]:
-                    del lane[seq]
-            for ack in batch.acks:
-                disk.acks[ack.hash] = ack
-            for key in batch.acks_dropped:
-                disk.acks.pop(key, None)
-            for lane_id, evidence in batch.evidence:
-                disk.evidence.setdefault(lane_id, evidence)
-            for proof in batch.proofs:
-                disk.proofs.setdefault(proof.lane, {}).setdefault(proof.seq, {})[proof.voter] = proof.raw
-            disk.feed.extend(batch.feed)
+        return Loaded(meta=disk.meta, buckets=iter(sorted(disk.buckets.items())), records=iter(disk.journal))
+
+    def begin(self, records: Sequence[Record]) -> None:
+        """Write without sync."""
+        assert self._is_open
+        self._refuse_if_full()
+        for record in records:
+            check_record(record)
+        self._disk.unsynced.append(tuple(records))
+
+    def begin_checkpoint(self, meta: bytes, buckets: Mapping[int, bytes], records: Sequence[Record]) -> None:
+        """Write without sync."""
+        assert self._is_open
+        self._refuse_if_full()
+        for record in records:
+            check_record(record)
+        self._disk.unsynced.append(_Checkpoint(meta, dict(buckets), tuple(records)))
+
+    def sync(self) -> None:
+        """Promise everything begun."""
+        disk = self._disk
+        with self._guard:
+            for write in disk.unsynced:
+                disk._apply(write)
+        if disk.safe is not None:
+            disk.lied += disk.unsynced
+        disk.unsynced.clear()
+
+    def commit(self, records: Sequence[Record]) -> None:
+        """See Store."""
+        self.begin(records)
+        self.sync()
+
+    def checkpoint(self, meta: bytes, buckets: Mapping[int, bytes], records: Sequence[Record]) -> None:
+        """See Store."""
+        self.begin_checkpoint(meta, buckets, records)
+        self.sync()
 
     def read_blocks(self, lane: bytes, *, first_seq: int, last_seq: int, size_max_bytes: int) -> tuple[bytes, ...]:
         """See Store."""
         assert self._is_open
-        numbered = self._disk.by_lane.get(lane, {})
         found: list[bytes] = []
         size_bytes = 0
-        for seq in range(first_seq, last_seq + 1):
-            if seq not in numbered:
-                break
-            raw = self._disk.blocks[numbered[seq]].raw
-            size_bytes += len(raw)
-            if found and size_bytes > size_max_bytes:
-                break
-            found.append(raw)
+        with self._guard:
+            bodies = self._disk.blocks.get(lane, {})
+            for seq in range(first_seq, last_seq + 1):
+                body = bodies.get(seq)
+                if body is None:
+                    break
+                size_bytes += len(body)
+                if found and size_bytes > size_max_bytes:
+                    break
+                found.append(body)
         return tuple(found)
 
-    def read_proof(self, lane: bytes, *, above_seq: int) -> tuple[bytes, ...]:
+    def read_bucket(self, number: int) -> bytes:
         """See Store."""
-        proofs = self._disk.proofs.get(lane, {})
-        seq = min((s for s in proofs if s > above_seq), default=None)
-        return () if seq is None else tuple(proofs[seq].values())
+        assert self._is_open
+        with self._guard:
+            return self._disk.buckets.get(number, b"")
+
+    @property
+    def size_bytes(self) -> int:
+        """See Store."""
+        disk = self._disk
+        return len(disk.meta) + sum(map(len, disk.buckets.values())) + sum(len(record.body) for record in disk.journal)
 
     def close(self) -> None:
         """See Store."""
         if self._is_open:
-            self._is_open, self._disk.is_taken = False, False
+            # A process that closes in order leaves its writes to the kernel, which brings them to the disk.
+            self.sync()
+            self._disk.holder = None
+
+    def _refuse_if_full(self) -> None:
+        if self._disk.is_full:
+            raise HostError("the store cannot grow: the disk is full", hint="free some space on it")

@@ -1,12 +1,18 @@
-"""Catch-up by frontier: values of the sync protocol, and the pure work of both sides.
+"""Catch-up: values of the sync protocol, and the pure work of both sides.
 
-A frontier names, per lane, the head, and how far it is certified. Lanes fall into 256 buckets by a hash of their id; a
-round first compares one 32-byte root (in sync: that was all), then bucket fingerprints, then the frontiers of the
-buckets that differ, then pulls ranges of blocks and the acks that certify them. Everything that comes back is treated
-like any frame from a hostile peer; a lie can waste one bounded answer and nothing else.
+Three layers, each of which may be skipped when there is nothing to do in it:
 
-Rounds are idempotent and keep no state at the server. Fingerprints are SHA-256 over sorted rows, recomputed only for
-buckets that changed, so nobody can craft lanes that cancel out.
+1. **Spine.** A peer whose final height is above ours sends the final proposals between, bound by hashes to one final
+   certificate. If they are older than what it keeps, it offers its newest checkpoint instead: a root that 2f+1 voters
+   finalised, whose buckets are fetched in pieces from anybody and verified one by one.
+2. **Blocks of final heights.** What a final cut covers is asked for by lane and number, and verified backwards from the
+   cut by hashes: no signature is checked.
+3. **Lanes above the cut.** A frontier names, per lane, the head and how far it is certified. Lanes fall into 256 buckets
+   by a hash of their id; equal roots end the round, else the buckets that differ are compared, then ranges of blocks and
+   the acks that certify them are pulled. What comes back is treated like any frame from a hostile peer.
+
+Rounds are idempotent and keep no state at the server; a lie can waste one bounded answer and nothing else. Fingerprints are
+SHA-256 over sorted rows, recomputed only for buckets that changed, so nobody can craft lanes that cancel out.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import msgspec
 from formation.core.codec import HASH_SIZE_BYTES, decode, encode, sha256
 from formation.core.errors import DecodeError
 from formation.state.ack import ACK_SIZE_MAX_BYTES
+from formation.state.checkpoint import CHUNK_PIECE_COUNT_MAX
 from formation.state.lane import BLOCK_SIZE_MAX_BYTES, LANE_ID_SIZE_BYTES, SEQ_MAX, LaneId
 
 PROTOCOL = "/formation/sync/1"
@@ -32,6 +39,13 @@ REQUEST_SIZE_MAX_BYTES = 64 * 1024
 ANSWER_BLOCKS_SIZE_MAX_BYTES = 1024 * 1024
 ANSWER_ACKS_SIZE_MAX_BYTES = 1024 * 1024
 ANSWER_EVIDENCE_COUNT_MAX = 1
+# Of the spine in one answer: final proposals of a busy minute, then the views above.
+SPINE_FRAME_COUNT_MAX = 8192
+SPINE_SIZE_MAX_BYTES = 1024 * 1024
+# Changes of the committee since the founders: one a day for ten years.
+LINK_COUNT_MAX = 4096
+# An offer is a hash for each of at least 4,096 pieces, the links, and a few proposals.
+OFFER_SIZE_MAX_BYTES = 16 * 1024 * 1024
 ANSWER_SIZE_MAX_BYTES = (
     ANSWER_BLOCKS_SIZE_MAX_BYTES + ANSWER_ACKS_SIZE_MAX_BYTES + 4 * BLOCK_SIZE_MAX_BYTES + ACK_SIZE_MAX_BYTES
 )
@@ -51,9 +65,29 @@ class FrontierRow(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_f
 
 
 class Hello(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="hello", gc=False):
-    """Is your frontier the one with this root? Answered by Buckets, empty if it is."""
+    """Is your frontier the one with this root? Answered by Buckets, whose fingerprints are empty if it is."""
 
     root: bytes
+
+
+class SpinePull(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="spine", gc=False):
+    """Who asks is at this epoch, view and final height. Answered by SpinePulled."""
+
+    epoch: int
+    view: int
+    height: int
+
+
+class SnapshotAsk(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="snapshot", gc=False):
+    """Answered by SnapshotOffer."""
+
+
+class PiecePull(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="pieces", gc=False):
+    """Pieces of the checkpoint of this height (see checkpoint.SnapshotRange). Answered by PiecesPulled."""
+
+    height: int
+    first: int
+    count: int
 
 
 class FrontierRequest(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="frontier", gc=False):
@@ -79,9 +113,37 @@ class Pull(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=T
 
 
 class Buckets(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="buckets", gc=False):
-    """All fingerprints in order, 8 bytes each; empty: same root."""
+    """All fingerprints in order, 8 bytes each (empty: same root), and where the server's spine stands."""
 
     fingerprints: bytes
+    epoch: int
+    view: int
+    height: int
+
+
+class SpinePulled(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="spined", gc=False):
+    """Frames of the spine (kind byte and value) in the order in which they are to be taken."""
+
+    frames: tuple[bytes, ...]
+    is_forgotten: bool
+    """The heights asked for are no longer kept here, or were another committee's: ask for a snapshot."""
+
+
+class SnapshotOffer(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="offer", gc=False):
+    """The newest checkpoint that is stored here; all empty if there is none."""
+
+    links: tuple[bytes, ...]
+    """CBOR of a FinalChain for each change of the committee, from the founders on."""
+    proof: bytes
+    """CBOR of the FinalChain whose first proposal carries the checkpoint's root."""
+    head: bytes
+    """CBOR of a SnapshotHead under that root."""
+
+
+class PiecesPulled(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="pieced", gc=False):
+    """CBOR of a SnapshotChunk; empty: that checkpoint is not here (any more)."""
+
+    chunk: bytes
 
 
 class Frontier(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag="lanes", gc=False):
@@ -98,8 +160,16 @@ class Pulled(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields
     evidence: tuple[bytes, ...]
 
 
-Request = Hello | FrontierRequest | Pull
-Answer = Buckets | Frontier | Pulled
+Request = Hello | SpinePull | FrontierRequest | Pull | SnapshotAsk | PiecePull
+Answer = Buckets | SpinePulled | Frontier | Pulled | SnapshotOffer | PiecesPulled
+ANSWER_OF: dict[type[Request], type[Answer]] = {
+    Hello: Buckets,
+    SpinePull: SpinePulled,
+    FrontierRequest: Frontier,
+    Pull: Pulled,
+    SnapshotAsk: SnapshotOffer,
+    PiecePull: PiecesPulled,
+}
 
 
 def decode_request(data: bytes) -> Request:
@@ -116,6 +186,12 @@ def decode_request(data: bytes) -> Request:
         case FrontierRequest(buckets):
             if len(buckets) > BUCKET_COUNT or sorted(set(buckets)) != list(buckets):
                 raise DecodeError("sync: buckets are not ascending")
+        case SpinePull(epoch, view, height):
+            if not all(0 <= number <= SEQ_MAX for number in (epoch, view, height)):
+                raise DecodeError("sync: a number out of bounds")
+        case PiecePull(height, first, count):
+            if not (0 <= height <= SEQ_MAX and 0 <= first <= SEQ_MAX and 1 <= count <= CHUNK_PIECE_COUNT_MAX):
+                raise DecodeError("sync: a number out of bounds")
         case Pull(ranges):
             if len(ranges) > PULL_RANGE_COUNT_MAX:
                 raise DecodeError("sync: too many ranges")
@@ -135,7 +211,15 @@ def decode_answer(data: bytes, as_type: type[msgspec.Struct]) -> Answer:
     """
     answer: Answer = decode(data, as_type, what="sync answer")  # type: ignore[assignment] # one of the three
     match answer:
-        case Buckets(fingerprints):
+        case SpinePulled(frames):
+            if len(frames) > SPINE_FRAME_COUNT_MAX:
+                raise DecodeError("sync: too many frames")
+        case SnapshotOffer(links):
+            if len(links) > LINK_COUNT_MAX:
+                raise DecodeError("sync: too long an offer")
+        case Buckets(fingerprints, epoch, view, height):
+            if not all(0 <= number <= SEQ_MAX for number in (epoch, view, height)):
+                raise DecodeError("sync: a number out of bounds")
             if len(fingerprints) not in (0, BUCKET_COUNT * BUCKET_FINGERPRINT_SIZE_BYTES):
                 raise DecodeError("sync: not 256 fingerprints")
         case Frontier(rows):
@@ -172,6 +256,12 @@ class FrontierIndex:
         bucket = bucket_of(row.lane)
         self._rows[bucket][row.lane] = row
         self._dirty.add(bucket)
+
+    def remove(self, lane: bytes) -> None:
+        """The lane is closed: nobody asks for it any more."""
+        bucket = bucket_of(lane)
+        if self._rows[bucket].pop(lane, None) is not None:
+            self._dirty.add(bucket)
 
     def fingerprints(self) -> bytes:
         """All buckets', 8 bytes each."""
@@ -245,10 +335,8 @@ def lanes_they_lack(
     return tuple(behind) if len(rows) < FRONTIER_ROW_COUNT_MAX else ()
 
 
-def answer_frontier(index: FrontierIndex, request: Hello | FrontierRequest) -> Buckets | Frontier:
+def answer_frontier(index: FrontierIndex, request: FrontierRequest) -> Frontier:
     """The server's answer that needs no block."""
-    if isinstance(request, Hello):
-        return Buckets(b"" if request.root == index.root() else index.fingerprints())
     return Frontier(tuple(index.rows(request.buckets)[:FRONTIER_ROW_COUNT_MAX]))
 
 
@@ -258,7 +346,6 @@ def answer_pull(
     acks_above: Callable[[LaneId, int], Sequence[bytes]],
     evidence_of: Callable[[LaneId], bytes | None],
     read_blocks: Callable[[bytes, int, int, int], Sequence[bytes]],
-    read_proof: Callable[[bytes, int], Sequence[bytes]],
 ) -> Pulled:
     """The server's answer to a pull, each range with a fair share of what one answer may hold.
 
@@ -268,7 +355,6 @@ def answer_pull(
       acks_above: newest acks of a lane beyond a number.
       evidence_of: against a lane.
       read_blocks: (lane, first, last, size limit in bytes).
-      read_proof: acks of the first kept proof above a number: a long stretch is proven piece by piece.
     """
     share_bytes = ANSWER_BLOCKS_SIZE_MAX_BYTES // max(1, len(request.ranges))
     blocks: list[bytes] = []
@@ -283,7 +369,7 @@ def answer_pull(
             found = read_blocks(r.lane, r.first_seq, r.last_seq, share_bytes)
             blocks.extend(found)
             blocks_size_bytes += sum(map(len, found))
-        for raw in (*acks_above(LaneId(r.lane), r.certified_seq), *read_proof(r.lane, r.certified_seq)):
+        for raw in acks_above(LaneId(r.lane), r.certified_seq):
             if raw not in acks and acks_size_bytes < ANSWER_ACKS_SIZE_MAX_BYTES:
                 acks[raw] = None
                 acks_size_bytes += len(raw)

@@ -1,7 +1,8 @@
-"""Shell of the sync protocol: serves our frontier and blocks, and keeps us level with the other voters.
+"""Shell of the sync protocol: serves what we have, and keeps us level with the others.
 
 A round is a few small requests to one peer. It runs when a link comes up, when the replica misses something, and
-otherwise about once a second with one voter in turn; in sync it costs one request of 40 bytes.
+otherwise about once a second with one voter in turn; in sync it costs one request of 40 bytes. When only a snapshot
+helps, it is fetched from one peer after the other and handed to the owner, who begins anew with it.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 import structlog
 import trio
 
-from formation.core.codec import encode
-from formation.core.errors import FormationError
-from formation.core.ids import NodeId
+from formation.core.codec import encode, verify_ed25519
+from formation.core.errors import DecodeError, FormationError
+from formation.core.ids import NetworkId, NodeId
 from formation.p2p.service import P2pService
 from formation.state import sync
-from formation.state.effects import RangeReceived
-from formation.state.lane import LaneId
+from formation.state.catchup import FromMemory, Outcome, Push, answer_from_memory, answer_from_store, gather, sync_round
+from formation.state.checkpoint import BUCKET_COUNT
+from formation.state.committee import Committee
+from formation.state.effects import RangeReceived, SpineReceived
+from formation.state.joining import Snapshot, join
 from formation.state.replica import Replica
 from formation.state.store import Store
 
@@ -27,18 +32,34 @@ from formation.state.store import Store
 INTERVAL_S = 1.0
 # What is missing usually is on its way; asking at once would fetch most blocks twice under load.
 PAUSE_S = 0.05
-HELLO_TIMEOUT_S = 3.0
-PULL_TIMEOUT_S = 20.0
-# One round brings at most this many answers (of 1 MiB); then another peer has its turn.
-PULL_COUNT_MAX = 256
-# Frames sent to a peer that turns out to be behind; it pulls the rest itself.
-PUSH_FRAME_COUNT_MAX = 64
+REQUEST_TIMEOUT_S = 20.0
 # Rounds between looks at lanes of which no ack is expected any more (closed or frozen ones).
 CLOSED_ROUND_COUNT = 16
 # Links that came up and wait for their round: more than a committee has.
 WAITING_COUNT_MAX = 64
+# Rounds in a row in which something stayed missing that no peer had, before a snapshot is asked for.
+STUCK_ROUND_COUNT = 3
+# Snapshots held in memory while they are served: none is kept longer than an answer takes.
+SNAPSHOT_PAUSE_S = 1.0
 
 _logger = structlog.get_logger(__name__)
+
+
+class Owner(Protocol):
+    """What the syncer needs of the state service."""
+
+    @property
+    def replica(self) -> Replica:
+        """The replica of now; another one after a snapshot."""
+        ...
+
+    def take(self, event: RangeReceived | SpineReceived) -> None:
+        """Hand an answer to the replica."""
+        ...
+
+    async def install(self, snapshot: Snapshot) -> None:
+        """Begin anew with a snapshot."""
+        ...
 
 
 class Syncer:
@@ -47,30 +68,33 @@ class Syncer:
     def __init__(
         self,
         *,
-        replica: Replica,
+        owner: Owner,
         store: Store,
         limiter: trio.CapacityLimiter,
         p2p: P2pService,
-        voters: frozenset[NodeId],
+        founders: Committee,
+        network_id: NetworkId,
+        peers: Callable[[], frozenset[NodeId]],
         rng: random.Random,
-        take: Callable[[RangeReceived], None],
     ) -> None:
-        self._replica = replica
+        self._owner = owner
         self._store = store
         self._limiter = limiter
         self._p2p = p2p
-        self._voters = voters - {p2p.node_id}
+        self._founders = founders
+        self._network_id = network_id
+        self._peers = peers
         self._rng = rng
-        self._take = take
         self._first: deque[NodeId] = deque(maxlen=WAITING_COUNT_MAX)
         self._wanted = trio.Event()
         self._round_index = 0
+        self._stuck_count = 0
         self.is_level = False
         """The last round found nothing missing here."""
 
     def want_nowait(self, node_id: NodeId | None = None) -> None:
         """Begin a round soon; with this peer, if one is named."""
-        if node_id is not None and node_id in self._voters and node_id not in self._first:
+        if node_id is not None and node_id in self._peers() and node_id not in self._first:
             self._first.append(node_id)
         self._wanted.set()
 
@@ -85,74 +109,88 @@ class Syncer:
             if peer is None:
                 continue
             try:
-                if await self._round(peer):
-                    self._wanted.set()
+                await self._look(peer, await self._round(peer))
             except FormationError as exc:
                 _logger.debug("state.sync_failed", peer=peer, error=str(exc))
             except trio.TooSlowError:
                 _logger.debug("state.sync_slow", peer=peer)
 
+    async def _look(self, peer: NodeId, outcome: Outcome) -> None:
+        self.is_level = outcome is Outcome.LEVEL
+        self._stuck_count = self._stuck_count + 1 if outcome is Outcome.STUCK else 0
+        if outcome is Outcome.MOVED:
+            self._wanted.set()
+        elif outcome is Outcome.SNAPSHOT or self._stuck_count >= STUCK_ROUND_COUNT:
+            self._stuck_count = 0
+            await self._join(peer)
+
     def _pick(self) -> NodeId | None:
-        up = {peer.node_id for peer in self._p2p.peers() if peer.connected and peer.node_id in self._voters}
+        known = self._peers()
+        up = {peer.node_id for peer in self._p2p.peers() if peer.connected and peer.node_id in known}
         while self._first:
             first = self._first.popleft()
             if first in up:
                 return first
         return self._rng.choice(sorted(up)) if up else None
 
-    async def _round(self, peer: NodeId) -> bool:
-        """One round; True if it moved us and another may move us further."""
+    async def _round(self, peer: NodeId) -> Outcome:
         self._round_index += 1
-        rows, buckets = await self._compare(peer)
-        self._push(peer, rows, buckets)
-        own = self._replica.uncertified_ranges(with_closed=self._round_index % CLOSED_ROUND_COUNT == 1)
-        wanted = sync.plan_pull(self._replica.index, rows, is_doubtful=self._replica.is_doubtful)
-        self.is_level = not wanted
-        lanes = {r.lane for r in wanted}
-        ranges = (*wanted, *(r for r in own if r.lane not in lanes))[: sync.PULL_RANGE_COUNT_MAX]
-        has_moved = False
-        for _ in range(PULL_COUNT_MAX):
-            if not ranges:
-                break
-            before = self._replica.counts
-            with trio.fail_after(PULL_TIMEOUT_S):
-                answer = await self._ask(peer, sync.Pull(ranges), sync.Pulled)
-            assert isinstance(answer, sync.Pulled)
-            self._take(RangeReceived(peer, answer.blocks, answer.acks, answer.evidence))
-            if self._replica.counts == before:
-                break
-            has_moved = True
-            ranges = sync.plan_pull(self._replica.index, rows, is_doubtful=self._replica.is_doubtful)
-        return has_moved
+        with_closed = self._round_index % CLOSED_ROUND_COUNT == 1
+        steps = sync_round(self._owner.replica, peer, with_closed=with_closed)
+        answer: sync.Answer | None = None
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration as end:
+                outcome: Outcome = end.value
+                return outcome
+            answer = None
+            match step:
+                case RangeReceived() | SpineReceived():
+                    self._owner.take(step)
+                case Push(frames):
+                    for frame in frames:
+                        if not self._p2p.send_frame(peer, frame):
+                            break
+                case _:
+                    answer = await self._ask(peer, step)
 
-    async def _compare(self, peer: NodeId) -> tuple[tuple[sync.FrontierRow, ...], bytes]:
-        with trio.fail_after(HELLO_TIMEOUT_S):
-            answer = await self._ask(peer, sync.Hello(self._replica.index.root()), sync.Buckets)
-            assert isinstance(answer, sync.Buckets)
-            buckets = sync.differing_buckets(self._replica.index.fingerprints(), answer.fingerprints)
-            if not buckets:
-                return (), b""
-            frontier = await self._ask(peer, sync.FrontierRequest(buckets), sync.Frontier)
-        assert isinstance(frontier, sync.Frontier)
-        return frontier.rows, buckets
-
-    def _push(self, peer: NodeId, rows: tuple[sync.FrontierRow, ...], buckets: bytes) -> None:
-        """What is still in our memory goes to a peer that lacks it, without waiting for its own round."""
-        frames: dict[bytes, None] = {}
-        for lane, seq, certified_seq in sync.lanes_they_lack(self._replica.index, rows, buckets=buckets):
-            frames.update(dict.fromkeys(self._replica.frames_for(lane, seq=seq, certified_seq=certified_seq)))
-            if len(frames) >= PUSH_FRAME_COUNT_MAX:
+    async def _join(self, peer: NodeId) -> None:
+        """Fetch the peer's checkpoint, if it is newer than what is here, and begin anew with it."""
+        held = dict(await trio.to_thread.run_sync(self._read_buckets, limiter=self._limiter))
+        steps = join(
+            founders=self._founders,
+            verify=verify_ed25519,
+            network_id=self._network_id,
+            above_height=self._owner.replica.state.height,
+            held=held,
+        )
+        answer: sync.Answer | None = None
+        while True:
+            try:
+                step = next(steps) if answer is None else steps.send(answer)
+            except StopIteration as end:
+                snapshot: Snapshot | None = end.value
                 break
-        for frame in list(frames)[:PUSH_FRAME_COUNT_MAX]:
-            if not self._p2p.send_frame(peer, frame):
-                break
+            except DecodeError as exc:
+                _logger.warning("state.snapshot_refused", peer=peer, reason=exc.message)
+                return
+            answer = await self._ask(peer, step)
+        if snapshot is None:
+            await trio.sleep(SNAPSHOT_PAUSE_S)
+            return
+        _logger.info("state.snapshot", peer=peer, height=snapshot.ref.height, buckets=len(snapshot.buckets))
+        await self._owner.install(snapshot)
 
-    async def _ask(
-        self, peer: NodeId, request: sync.Request, as_type: type[sync.Buckets | sync.Frontier | sync.Pulled]
-    ) -> sync.Answer:
-        size_max_bytes = sync.ANSWER_SIZE_MAX_BYTES
-        data = await self._p2p.request(peer, sync.PROTOCOL, encode(request), response_size_max_bytes=size_max_bytes)
-        return sync.decode_answer(data, as_type)
+    def _read_buckets(self) -> list[tuple[int, bytes]]:
+        return [(number, content) for number in range(BUCKET_COUNT) if (content := self._store.read_bucket(number))]
+
+    async def _ask(self, peer: NodeId, request: sync.Request) -> sync.Answer:
+        is_offer = isinstance(request, sync.SnapshotAsk)
+        size_max_bytes = sync.OFFER_SIZE_MAX_BYTES if is_offer else sync.ANSWER_SIZE_MAX_BYTES
+        with trio.fail_after(REQUEST_TIMEOUT_S):
+            data = await self._p2p.request(peer, sync.PROTOCOL, encode(request), response_size_max_bytes=size_max_bytes)
+        return sync.decode_answer(data, sync.ANSWER_OF[type(request)])
 
     async def serve(self, _node_id: NodeId, data: bytes) -> bytes:
         """Answer one request of a peer.
@@ -161,23 +199,11 @@ class Syncer:
           DecodeError: it is none.
         """
         request = sync.decode_request(data)
-        if not isinstance(request, sync.Pull):
-            return encode(sync.answer_frontier(self._replica.index, request))
+        if not isinstance(request, sync.Pull | sync.PiecePull):
+            return encode(answer_from_memory(self._owner.replica, request))
         # What the replica knows is read here, in its own thread; only the store is asked from another.
-        lanes = {r.lane: r for r in request.ranges}.values()
-        acks = {r.lane: self._replica.acks_above(LaneId(r.lane), r.certified_seq) for r in lanes}
-        evidence = {r.lane: self._replica.evidence_of(LaneId(r.lane)) for r in lanes}
-        return await trio.to_thread.run_sync(
-            lambda: encode(
-                sync.answer_pull(
-                    request,
-                    acks_above=lambda lane, _seq: acks[lane],
-                    evidence_of=lambda lane: evidence[lane],
-                    read_blocks=lambda lane, first, last, size: self._store.read_blocks(
-                        lane, first_seq=first, last_seq=last, size_max_bytes=size
-                    ),
-                    read_proof=lambda lane, seq: self._store.read_proof(lane, above_seq=seq),
-                )
-            ),
-            limiter=self._limiter,
-        )
+        known = gather(self._owner.replica, request)
+        return await trio.to_thread.run_sync(self._answer, request, known)
+
+    def _answer(self, request: sync.Pull | sync.PiecePull, known: FromMemory) -> bytes:
+        return encode(answer_from_store(self._store, request, known))

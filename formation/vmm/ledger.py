@@ -23,6 +23,8 @@ class Held(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     name: str
     trace_id: str
+    fence: tuple[int, int] = (0, 0)
+    """Of the placement under which it came here; (0, 0): found without one."""
 
 
 class Ledger:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import trio
 
@@ -31,10 +30,9 @@ class Memory:
     failure_generation: int = -1
     said: Said = Said.NOTHING
     said_generation: int = -1
-    claim: Any = None
-    """Token of our claim that is not certified yet."""
+    is_lapse_said: bool = False
     claim_needs: Resources | None = None
-    """What the claim promises, before the view shows it."""
+    """What a claim promises whose outcome the view does not show yet."""
     attempt_count: int = 0
     retry_at: float = 0.0
     """trio's time before which nothing is tried for `retry_goal`; another goal need not wait."""

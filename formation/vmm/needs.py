@@ -48,12 +48,21 @@ class State(Protocol):
         """The records."""
         ...
 
-    async def append_event(self, event: Event, object_id: str) -> Any:
-        """Say something; returns a token when it is durable here."""
+    async def append_event(self, event: Event, object_id: str, *, level: Level = Level.OBSERVED) -> Any:
+        """Say something; returns when it is durable here, or at the level asked for. The timeout is the caller's.
+
+        Raises:
+          ConflictError: at level FINAL, it has no effect: says why.
+          FormationError: it was not taken.
+        """
         ...
 
-    async def wait_certified(self, token: Any) -> None:
-        """Until a quorum has it. The timeout is the caller's."""
+    def lease_deadline_s(self, space: str, key: str, *, sent_ms: int, sent_s: float) -> float | None:
+        """When this node must have begun to stop using a lease, by trio's clock; None: it does not hold it.
+
+        Args:
+          sent_ms, sent_s: wall clock and trio's clock when it sent what gave it the lease as it stands.
+        """
         ...
 
 

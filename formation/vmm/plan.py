@@ -27,6 +27,8 @@ class Goal(StrEnum):
     """Nobody holds it, and this node is not the one to claim it."""
     CLAIM = "claim"
     """Nobody holds it, and this node is the one to claim it."""
+    LAPSED = "lapsed"
+    """This node was its last holder, and the lease is over or may be: it must not run until it is held anew."""
 
 
 class Step(StrEnum):
@@ -45,7 +47,9 @@ class Step(StrEnum):
     """Say that it failed, having undone what runs."""
     STOP = "stop"
     KILL = "kill"
-    """Stop without asking the guest: its data is to be dropped or it runs against its holder's will."""
+    """Stop without asking the guest: its data is to be dropped, or it must not run here any more."""
+    SAY_LAPSED = "say_lapsed"
+    """Say why it does not run."""
     SAY_STOPPED = "say_stopped"
     REMOVE = "remove"
     SAY_GONE = "say_gone"
@@ -80,6 +84,7 @@ class Observed:
     """Why this generation cannot go on, not said yet."""
     said: Said = Said.NOTHING
     is_gone_said: bool = False
+    is_lapse_said: bool = False
 
 
 def plan(goal: Goal, observed: Observed) -> tuple[Step, ...]:
@@ -99,6 +104,8 @@ def next_step(goal: Goal, seen: Observed) -> Step | None:
     match goal:
         case Goal.CLAIM:
             return Step.CLAIM
+        case Goal.LAPSED:
+            return _suspend(seen)
         case Goal.UNPLACED | Goal.ELSEWHERE:
             return _clear(seen)
         case Goal.GONE:
@@ -123,6 +130,15 @@ def _raise(seen: Observed) -> Step | None:
     if not seen.has_image:
         return Step.FETCH
     return Step.BOOT if seen.is_attached else Step.ATTACH
+
+
+def _suspend(seen: Observed) -> Step | None:
+    if seen.has_process:
+        return Step.KILL
+    # What was stopped or has failed is so still, lease or not.
+    if seen.said in (Said.UNDER_WAY, Said.READY) and not seen.is_lapse_said:
+        return Step.SAY_LAPSED
+    return Step.CLAIM
 
 
 def _settle(seen: Observed) -> Step | None:
@@ -166,6 +182,8 @@ def apply_step(observed: Observed, step: Step) -> Observed:
             return replace(observed, failure="", said=Said.FAILED, has_nic=False, is_attached=False)
         case Step.STOP | Step.KILL:
             return replace(observed, has_process=False, is_ready=False, is_attached=False)
+        case Step.SAY_LAPSED:
+            return replace(observed, said=Said.UNDER_WAY, is_lapse_said=True)
         case Step.SAY_STOPPED:
             return replace(observed, said=Said.STOPPED)
         case Step.REMOVE:

@@ -2,8 +2,9 @@
 
 Rules: (1) one worker per VM calls `reconcile`; (2) what was learnt and cannot be asked again (why a process ended, how
 often a step failed) is in the VM's `Memory`, all else is looked at afresh; (3) steps that wait for long are given up
-when what they are for changes; (4) a failure that may pass is tried again, later each time; one that will not, or did
-not, ends this generation: `VmFailed`, and the owner's next wish begins anew.
+when what they are for changes, and at once when the lease lapses under which they are done; (4) a failure that may pass
+is tried again, later each time; one that will not, or did not, ends this generation: `VmFailed`, and the owner's next
+wish begins anew.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ import structlog
 import trio
 
 from formation.core.clock import NS_PER_MS, Clock
-from formation.core.errors import FormationError
+from formation.core.errors import FormationError, HostError
 from formation.core.event import (
     Event,
     ImageReady,
     NetLeased,
     VmBooted,
-    VmClaimed,
     VmCreated,
     VmFailed,
     VmGone,
@@ -36,6 +36,7 @@ from formation.net.service import NetService
 from formation.pack.guest import VmGuestConfig, vm_config_cpio
 from formation.state.feed import Level
 from formation.vmm.hypervisor import BootedVm, BootRequest, Hypervisor
+from formation.vmm.leases import LAPSED_REASON, Leases
 from formation.vmm.ledger import Held, Ledger
 from formation.vmm.memory import RETRY_PAUSE_S_MIN, Memory
 from formation.vmm.needs import Image, Pack, State
@@ -43,10 +44,6 @@ from formation.vmm.plan import Goal, Observed, Said, Step, next_step
 
 log = structlog.get_logger(__name__)
 
-# Four voters answer within one round trip and an fsync; a minute means that there is no quorum.
-CLAIM_DEADLINE_S = 30.0
-# Another node's claim that is older but was certified later gets this long to show.
-CLAIM_SETTLE_S = 0.2
 # 100 MB over a 2 Mbit/s line. What was pulled stays, so another try goes on from there.
 FETCH_DEADLINE_S = 600.0
 # Pulls under way at once: more only share the same line.
@@ -61,13 +58,14 @@ _SAID_BY_PHASE = {VmPhase.RUNNING: Said.READY, VmPhase.STOPPED: Said.STOPPED, Vm
 _FATAL_STEPS = frozenset({Step.FETCH, Step.ATTACH, Step.BOOT})
 # Once begun, these end only for an order that outdoes them: a guest that was told to shut down will, and a claim stands.
 _STUBBORN_STEPS = frozenset({Step.CLAIM, Step.STOP})
-_OVERRIDING_GOALS = frozenset({Goal.GONE, Goal.ELSEWHERE})
+_OVERRIDING_GOALS = frozenset({Goal.GONE, Goal.ELSEWHERE, Goal.LAPSED})
 
 
 class Reconciler:
     """The steps; see the module.
 
     Args:
+      leases: until when this node may run what it holds.
       choose: why this node is the one to claim an unplaced VM; None: it is not.
       on_booted: called with each process that was started, to be watched.
       wake_at: asks for another look at a VM at a time of trio's clock.
@@ -82,6 +80,7 @@ class Reconciler:
         net: NetService,
         hypervisor: Hypervisor,
         ledger: Ledger,
+        leases: Leases,
         clock: Clock,
         choose: Callable[[VmRecord], str | None],
         on_booted: Callable[[str, BootedVm], None],
@@ -93,6 +92,7 @@ class Reconciler:
         self._net = net
         self._hypervisor = hypervisor
         self._ledger = ledger
+        self._leases = leases
         self._clock = clock
         self._choose = choose
         self._on_booted = on_booted
@@ -117,6 +117,8 @@ class Reconciler:
             return self._unplaced_goal(vm_id, record)
         if record.placement.node_id != self._node_id:
             return Goal.ELSEWHERE
+        if not self._leases.may_run(vm_id, record.placement):
+            return Goal.LAPSED
         return Goal.RUNNING if record.spec.desired is Desired.RUNNING else Goal.STOPPED
 
     def is_held(self, vm_id: str) -> bool:
@@ -164,6 +166,7 @@ class Reconciler:
             failure=memory.failure if memory.failure_generation == generation else "",
             said=self.said(vm_id, generation),
             is_gone_said=memory.is_gone_said,
+            is_lapse_said=memory.is_lapse_said,
         )
 
     def said(self, vm_id: str, generation: int) -> Said:
@@ -177,8 +180,6 @@ class Reconciler:
         return _SAID_BY_PHASE.get(shown.status.phase, Said.UNDER_WAY)
 
     def _unplaced_goal(self, vm_id: str, record: VmRecord) -> Goal:
-        if self.memory(vm_id).claim is not None:
-            return Goal.CLAIM
         if record.spec.desired is not Desired.RUNNING or self._choose(record) is None:
             return Goal.UNPLACED
         return Goal.CLAIM
@@ -245,6 +246,8 @@ class Reconciler:
                 await self._fail(record)
             case Step.STOP:
                 await self._stop(record)
+            case Step.SAY_LAPSED:
+                await self._say_lapsed(record)
             case Step.SAY_STOPPED:
                 await self._say(VmStopped(**_about(record)), vm_id)
                 self.memory(vm_id).note_said(Said.STOPPED, generation=record.spec.generation)
@@ -259,28 +262,31 @@ class Reconciler:
 
     async def _claim(self, record: VmRecord) -> None:
         memory = self.memory(record.vm_id)
-        if memory.claim is None:
-            why = self._choose(record)
-            if why is None:
-                return
-            # Promised from this very moment: two claims at once must not both count on the same room.
-            memory.claim_needs = record.spec.resources
-            try:
-                memory.claim = await self._state.append_event(VmClaimed(why=why), record.vm_id)
-            finally:
-                if memory.claim is None:
-                    memory.claim_needs = None
-        with trio.move_on_after(CLAIM_DEADLINE_S) as waiting:
-            await self._state.wait_certified(memory.claim)
-        if not waiting.cancelled_caught:
-            await trio.sleep(CLAIM_SETTLE_S)
-            memory.claim = memory.claim_needs = None
-        # Certified and yet without effect, or not certified in time: look again later, not at once.
-        memory.pause(Goal.CLAIM, RETRY_PAUSE_S_MIN)
-        self._wake_at(record.vm_id, memory.retry_at)
+        # A lapsed one stays where its disk is.
+        why = self._choose(record) if record.placement is None else record.placement.why
+        if why is None:
+            return
+        # Promised from this very moment: two claims at once must not both count on the same room. While nobody knows what
+        # became of a claim, it stays promised.
+        memory.claim_needs = record.spec.resources
+        try:
+            is_held = await self._leases.claim(record.vm_id, why=why)
+        finally:
+            if not self._leases.is_unanswered(record.vm_id):
+                memory.claim_needs = None
+        if not is_held:
+            # The view is about to show who was earlier; should it not, then not at once again.
+            memory.pause(Goal.LAPSED if record.placement is not None else Goal.CLAIM, RETRY_PAUSE_S_MIN)
+            self._wake_at(record.vm_id, memory.retry_at)
+            return
+        log.info("vm.placed", vm_id=record.vm_id, fence=self._fence(record.vm_id))
+        if self.goal(record.vm_id) is Goal.LAPSED:
+            raise HostError("by this machine's clock the lease was over as soon as it was given", hint="set the clocks by NTP")
 
     async def _hold(self, record: VmRecord) -> None:
-        await self._ledger.add(record.vm_id, Held(name=record.spec.name, trace_id=record.trace_id))
+        assert record.placement is not None
+        held = Held(name=record.spec.name, trace_id=record.trace_id, fence=record.placement.fence)
+        await self._ledger.add(record.vm_id, held)
         await self._say(VmScheduled(**_about(record), node_id=self._node_id), record.vm_id)
         self.memory(record.vm_id).note_said(Said.UNDER_WAY, generation=record.spec.generation)
 
@@ -318,7 +324,7 @@ class Reconciler:
     async def _boot(self, record: VmRecord) -> None:
         memory = self.memory(record.vm_id)
         memory.is_attached = False  # Whatever comes, ports are checked again before the next boot.
-        memory.is_stopping = False
+        memory.is_stopping = memory.is_lapse_said = False
         assert memory.image is not None
         spec = record.spec
         request = BootRequest(
@@ -334,6 +340,7 @@ class Reconciler:
         )
         # The image may have been dropped since; it is looked for again at the next boot.
         memory.image = None
+        log.info("vm.boots", vm_id=record.vm_id, fence=self._fence(record.vm_id))
         memory.vm = await self._hypervisor.boot_vm(request)
         self._on_booted(record.vm_id, memory.vm)
         created = VmCreated(**_about(record), hypervisor=self._hypervisor.capabilities.name)
@@ -354,7 +361,8 @@ class Reconciler:
         await self._say(event, record.vm_id)
         self.memory(record.vm_id).note_said(Said.READY, generation=record.spec.generation)
         took_ms = self._clock.now_ns() // NS_PER_MS - record.created_ms
-        log.info("vm.ready", vm_id=record.vm_id, boot_ms=vm.boot_ms, since_created_ms=took_ms)
+        fence = self._fence(record.vm_id)
+        log.info("vm.ready", vm_id=record.vm_id, fence=fence, boot_ms=vm.boot_ms, since_created_ms=took_ms)
 
     async def _fail(self, record: VmRecord) -> None:
         memory = self.memory(record.vm_id)
@@ -381,6 +389,17 @@ class Reconciler:
         if memory.vm is not None:
             await memory.vm.stop(ask_guest=False)
         memory.vm = None
+
+    async def _say_lapsed(self, record: VmRecord) -> None:
+        """It will be placed here again; until then people read why it does not run, and nobody takes it for failed."""
+        memory = self.memory(record.vm_id)
+        await self._say(VmScheduled(**_about(record), node_id=self._node_id, reason=LAPSED_REASON), record.vm_id)
+        memory.note_said(Said.UNDER_WAY, generation=record.spec.generation)
+        memory.is_lapse_said = True
+
+    def _fence(self, vm_id: str) -> tuple[int, int] | None:
+        placement = (record := self._state.view.vm(vm_id)) and record.placement
+        return placement.fence if placement else None
 
     async def _say_gone(self, vm_id: str) -> None:
         held = self._ledger.get(vm_id) or Held(name="", trace_id="")

@@ -1,8 +1,9 @@
 """The VM manager's shell: one worker per VM, woken by events, and by a sweep for what no event tells.
 
-Flow of a VM: unplaced -> every node computes who should take it (`allocator`), the chosen one claims it -> certified
-claim -> image, ports, disk and process (`reconciler`) -> the guest's own word -> `VmReady`. When this node starts, the
-processes of its earlier life are adopted before anything else.
+Flow of a VM: unplaced -> every node computes who should take it (`allocator`), the chosen one claims it -> final
+claim, which is a lease -> image, ports, disk and process (`reconciler`) -> the guest's own word -> `VmReady`. The lease is
+renewed, or the process ended (`leases`). When this node starts, the processes of its earlier life are adopted before
+anything else.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from formation.state.feed import Level
 from formation.vmm.allocator import NOTHING, add, free_of, place, promises_of
 from formation.vmm.console import ConsoleStream
 from formation.vmm.hypervisor import BootedVm, Hypervisor
+from formation.vmm.leases import LAPSED_REASON, Leases
 from formation.vmm.ledger import Ledger
 from formation.vmm.needs import Pack, State
-from formation.vmm.plan import Said
+from formation.vmm.plan import Goal, Said
 from formation.vmm.reconciler import Reconciler
 from formation.vmm.words import printable
 
@@ -88,6 +90,7 @@ class VmmService:
         self._working: set[str] = set()
         self._nursery: trio.Nursery | None = None
         self._fault_count = 0
+        self._leases = Leases(node_id=node_id, state=state, clock=clock, look=self._reconcile_soon)
         self._reconciler = Reconciler(
             node_id=node_id,
             state=state,
@@ -95,6 +98,7 @@ class VmmService:
             net=net,
             hypervisor=hypervisor,
             ledger=self._ledger,
+            leases=self._leases,
             clock=clock,
             choose=self._choose,
             on_booted=self._watch_soon,
@@ -108,6 +112,7 @@ class VmmService:
             self._nursery = nursery
             try:
                 await self._adopt_all()
+                nursery.start_soon(self._leases.run)
                 task_status.started(None)
                 while True:
                     await self._sweep()
@@ -168,12 +173,20 @@ class VmmService:
             return "it is not to be started"
         memory = self._reconciler.memories.get(vm_id)
         if memory is not None and memory.claim_needs is not None:
-            return "this node claimed it; waiting for a quorum to certify that"
+            return "this node claimed it; waiting for a quorum to order that"
         decision = place(vm_id, record.spec.resources, nodes=self._live_nodes(), promises=self._promises(but=vm_id))
         if decision.node_id is None:
             return decision.why
         chosen = self._state.view.node(decision.node_id)
         return f"waiting for {chosen.name if chosen is not None else decision.node_id} to claim it"
+
+    def lapse_reason(self, vm_id: str) -> str:
+        """Why a VM of this node does not run although it should; empty where its lease is not the reason."""
+        record = self._state.view.vm(vm_id)
+        if record is None or self._reconciler.goal(vm_id) is not Goal.LAPSED:
+            return ""
+        is_down = self._reconciler.said(vm_id, record.spec.generation) in (Said.UNDER_WAY, Said.READY)
+        return LAPSED_REASON if is_down else ""
 
     async def read_log(self, vm_id: str, tail_lines: int) -> bytes:
         """The last lines of a VM's console.

@@ -51,7 +51,9 @@ def test_an_observer_catches_up_and_follows(formation: Commands) -> None:
     formation("image", "build", str(ROOT / "examples" / "hello"))
     wait_for(lambda: len(formation.json("image", "list", node=observer)) == 1, what="the observer sees the new image")
     wait_for(lambda: certified_count(observer) == certified_count(first), what="the observer follows")
-    assert "4 of 4 voters" in formation("status", node=observer).stdout
+    wait_for(
+        lambda: "4 of 4 voters" in formation("status", node=observer).stdout, what="the observer is connected to every voter"
+    )
 
 
 def test_a_user_may_ask_an_observer(formation: Commands) -> None:

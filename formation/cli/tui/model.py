@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
-from formation.cli.events import clock_text, event_detail, event_key
+from formation.cli.events import clock_text, event_detail, event_key, has_happened
 from formation.cli.output import to_yaml
 from formation.cli.watch import port_texts, reason_of, short_id
 
@@ -111,9 +111,9 @@ def with_news(model: Model, *, status: Record, nodes: tuple[Record, ...], vms: t
 
 
 def with_event(model: Model, event: Record) -> Model:
-    """The model with one more event, told once; a cursor that is not at the newest stays where it was."""
+    """The model with one more event, told once, when it took effect; a cursor that is not at the newest stays where it was."""
     key = event_key(event)
-    if any(event_key(known) == key for known in model.events[-_TWICE_WITHIN_COUNT:]):
+    if not has_happened(event) or any(event_key(known) == key for known in model.events[-_TWICE_WITHIN_COUNT:]):
         return model
     events = (*model.events, event)[-EVENT_COUNT_MAX:]
     nodes, vms, at = model.cursors

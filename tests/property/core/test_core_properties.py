@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import cbor2
+import msgspec
+import msgspec.inspect
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,8 +70,82 @@ def annotation_of(cls: type[Event], field: str) -> str:
     return str(next(annotations[field] for annotations in found if field in annotations))
 
 
+def values_of(kind: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
+    """What a field with limits may hold, up to a few times its least size."""
+    match kind:
+        case msgspec.inspect.IntType(ge=low, le=high):
+            return st.integers(low, high)
+        case msgspec.inspect.StrType(min_length=low, max_length=high):
+            return st.text(min_size=low or 0, max_size=min(high or 20, 20))
+        case msgspec.inspect.BytesType(min_length=low, max_length=high):
+            return st.binary(min_size=low or 0, max_size=min(high or 64, 64))
+        case msgspec.inspect.VarTupleType(item_type=item, min_length=low, max_length=high):
+            return st.lists(values_of(item), min_size=low or 0, max_size=min(high or 3, 3)).map(tuple)
+        case msgspec.inspect.StructType(cls=cls, fields=fields):
+            return st.builds(cls, *(values_of(each.type) for each in fields))
+    raise AssertionError(f"no strategy for {kind}")
+
+
+def field_of(cls: type[Event], field: str) -> st.SearchStrategy[Any]:
+    known = FIELDS.get(annotation_of(cls, field))
+    if known is not None:
+        return known
+    info = msgspec.inspect.type_info(cls)
+    assert isinstance(info, msgspec.inspect.StructType)
+    return values_of(next(each.type for each in info.fields if each.name == field))
+
+
 def events_of(cls: type[Event]) -> st.SearchStrategy[Event]:
-    return st.builds(cls, **{field: FIELDS[annotation_of(cls, field)] for field in cls.__struct_fields__})
+    return st.builds(cls, **{field: field_of(cls, field) for field in cls.__struct_fields__})
+
+
+BOUNDED = [(cls, each.name) for cls in EVENT_TYPES for each in msgspec.structs.fields(cls) if "Meta(" in str(each.type)]
+
+
+@pytest.mark.parametrize(("cls", "field"), [(cls, name) for cls, name in BOUNDED])
+def test_a_field_beyond_its_limit_is_refused(cls: type[Event], field: str) -> None:
+    """What an event may carry is limited when it is parsed, so that nobody after needs to."""
+    kind = next(each.type for each in msgspec.structs.fields(cls) if each.name == field)
+    info = msgspec.inspect.type_info(kind)
+
+    @settings(max_examples=5, deadline=None)
+    @given(events_of(cls))
+    def holds(event: Event) -> None:
+        for value in beyond(info):
+            plain = {**msgspec.to_builtins(event, builtin_types=(bytes,)), field: value}
+            with pytest.raises(DecodeError, match=cls.verb.replace(".", "[.]")):
+                parse_event(cls.verb, encode(plain))
+
+    holds()
+
+
+def beyond(info: msgspec.inspect.Type) -> list[Any]:
+    """Values just outside a field's limits."""
+    match info:
+        case msgspec.inspect.IntType(ge=low, le=high):
+            return [each for each in (None if low is None else low - 1, None if high is None else high + 1) if each is not None]
+        case msgspec.inspect.StrType(max_length=int(high)):
+            return ["x" * (high + 1)]
+        case msgspec.inspect.BytesType(max_length=int(high)):
+            return [bytes(high + 1)]
+        case msgspec.inspect.VarTupleType(item_type=item, max_length=int(high)):
+            return [[_least(item)] * (high + 1)]
+        case msgspec.inspect.VarTupleType(item_type=item):
+            return [[each] for each in beyond(item)]
+    raise AssertionError(f"no limit in {info}")
+
+
+def _least(info: msgspec.inspect.Type) -> Any:
+    match info:
+        case msgspec.inspect.StrType():
+            return "x"
+        case msgspec.inspect.BytesType(min_length=low):
+            return bytes(low or 0)
+        case msgspec.inspect.StructType(fields=fields):
+            return [_least(each.type) for each in fields]
+        case msgspec.inspect.VarTupleType(item_type=item, min_length=low):
+            return [_least(item)] * (low or 0)
+    raise AssertionError(f"no least value of {info}")
 
 
 EVENTS = st.sampled_from(EVENT_TYPES).flatmap(events_of)
@@ -83,6 +159,7 @@ INTENTS = st.builds(
     nonce=st.binary(min_size=16, max_size=16),
     created_ms=TIMES,
     expires_ms=TIMES,
+    key=st.binary(min_size=32, max_size=32),
 )
 
 

@@ -5,6 +5,7 @@ No network and no VMs; its wishes are checked as a node checks them. Nothing out
 
 from __future__ import annotations
 
+import base64
 import json
 import socketserver
 import threading
@@ -16,10 +17,36 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from formation.core.codec import verify_ed25519
-from formation.core.errors import FormationError, NotFoundError
-from formation.core.event import VmDeleted, VmDesired, VmRequested, event_fields, parse_event
-from formation.core.ids import NetworkId, account_id_of, pick_by_name_or_prefix, trace_id_of, vm_id_of
-from formation.core.intent import check_intent, parse_intent
+from formation.core.errors import ConflictError, DeniedError, FormationError, NotFoundError
+from formation.core.event import (
+    AccountKeyRotated,
+    AccountRecoverySet,
+    ClaimMade,
+    ClaimReleased,
+    DelegationGiven,
+    DelegationRevoked,
+    Event,
+    GrantGiven,
+    GrantRevoked,
+    ValueCounted,
+    ValuePut,
+    ValueRemoved,
+    VmDeleted,
+    VmDesired,
+    VmRequested,
+    event_fields,
+    parse_event,
+)
+from formation.core.grants import Role
+from formation.core.ids import (
+    NetworkId,
+    account_id_of,
+    pick_by_name_or_prefix,
+    public_key_of_account,
+    trace_id_of,
+    vm_id_of,
+)
+from formation.core.intent import SignedIntent, check_intent, parse_intent
 
 NETWORK_ID = NetworkId(b"\x07" * 32)
 NODE_1 = "12D3KooWAaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa1"
@@ -49,6 +76,13 @@ class FakeNode:
         self.typed = b""
         self.log = b"hello from the guest\n"
         self.break_streams = 0
+        self.accounts = FakeAccounts()
+        self.answers: dict[str, Any] = {}
+        """Path (below /v1/) → what a GET of it answers."""
+        self.files: dict[str, list[bytes]] = {}
+        """The same for files, one for each time that it is asked for; one that begins with `cut` breaks off."""
+        self.posts: list[tuple[str, Any]] = []
+        """(path, JSON) of what was posted there."""
         self.closing = False
         self._server: _Server | None = None
 
@@ -82,7 +116,7 @@ class FakeNode:
             self.events.append(
                 {
                     "position": len(self.events) + 1,
-                    "level": "certified",
+                    "level": "final" if verb in ("vm.claimed", "vm.deleted") else "certified",
                     "verb": verb,
                     "topic": verb.partition(".")[0],
                     "record": "vm",
@@ -120,7 +154,9 @@ class FakeNode:
                 self._create(object_id, event_fields(event), trace_id_of(wish.digest), account_id_of(wish.intent.account))
         elif isinstance(event, VmDesired):
             self._change(object_id, event.desired.value, event.generation)
-        elif isinstance(event, VmDeleted):
+        elif not isinstance(event, VmDeleted):
+            self.accounts.take(wish, event, object_id)
+        else:
             placed = self.vms.pop(object_id)["placement"]
             if placed and self.outcome != "silent":
                 self.tell("vm.gone", object_id, trace_id="", name="x")
@@ -225,6 +261,127 @@ class FakeNode:
         ]
 
 
+class FakeAccounts:
+    """Keys, values and claims as a node keeps them, as far as commands can tell."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, bytes] = {}
+        self.recovery: dict[str, bytes] = {}
+        self.delegations: dict[str, dict[str, dict[str, Any]]] = {}
+        self.grants: dict[str, dict[str, str]] = {}
+        self.values: dict[str, bytes] = {}
+        self.counts: dict[str, int] = {}
+        self.claims: list[dict[str, Any]] = []
+        self.events: list[Event] = []
+        self.is_late = False
+        """What is decided shows only when a test says so."""
+
+    def take(self, wish: SignedIntent, event: Event, object_id: str) -> None:
+        """Judge and apply."""
+        account_id = account_id_of(wish.intent.account)
+        recovery = self.recovery.get(account_id, b"")
+        wanted = {self.keys.get(account_id, wish.intent.account)}
+        if isinstance(event, AccountKeyRotated | AccountRecoverySet) and recovery:
+            wanted = {recovery} if isinstance(event, AccountRecoverySet) else wanted | {recovery}
+        if wish.intent.key not in wanted:
+            raise DeniedError(f"{event.verb}: signed by a key that is not in force")
+        self.events.append(event)
+        if not self.is_late:
+            self._apply(account_id, event, object_id)
+
+    def _apply(self, account_id: str, event: Event, object_id: str) -> None:
+        key = object_id.partition("/")[2]
+        match event:
+            case AccountKeyRotated(new_key=new_key):
+                self.keys[account_id] = new_key
+                self.delegations.pop(account_id, None)
+            case AccountRecoverySet(recovery_key=recovery_key):
+                self.recovery[account_id] = recovery_key
+            case DelegationGiven():
+                given = {"verbs": list(event.verbs), "prefix": event.prefix, "expires_ms": event.expires_ms}
+                self.delegations.setdefault(account_id, {})[event.node_id] = given
+            case DelegationRevoked(node_id=node_id):
+                if self.delegations.get(account_id, {}).pop(node_id, None) is None:
+                    raise ConflictError("no delegation to this node")
+            case ClaimMade():
+                if any(claim["key"] == key for claim in self.claims):
+                    raise ConflictError("held by did:key:zOther since height 3")
+                self.claims.append(claim_record("handle", key, account_id))
+            case ClaimReleased():
+                self.claims = [claim for claim in self.claims if claim["key"] != key]
+            case ValuePut(value=value):
+                self.values[key] = value
+            case ValueCounted(delta=delta):
+                self.counts[key] = self.counts.get(key, 0) + delta
+            case ValueRemoved():
+                self.values.pop(key, None)
+            case GrantGiven(account=account, level=level):
+                self.grants.setdefault(object_id, {})[account] = Role(level).name.lower()
+            case GrantRevoked(account=account):
+                if self.grants.get(object_id, {}).pop(account, None) is None:
+                    raise ConflictError("it has no role on this")
+            case _:
+                pass
+
+    def shown(self, account_id: str) -> dict[str, Any]:
+        """As a node answers."""
+        first = public_key_of_account(account_id)
+        key = self.keys.get(account_id, first)
+        return {
+            "account_id": account_id,
+            "label": "",
+            "handle": next((claim["key"] for claim in self.claims if claim["owner"] == account_id), ""),
+            "key": key.hex(),
+            "is_rotated": key != first,
+            "recovery_key": self.recovery.get(account_id, b"").hex(),
+            "delegations": [
+                {"node_id": node_id, "name": NAMES.get(node_id, "?"), "has_ended": False} | given
+                for node_id, given in self.delegations.get(account_id, {}).items()
+            ],
+            "object_count": len(self.values),
+            "size_bytes": 512 * len(self.values),
+            "spine_time_ms": 0,
+        }
+
+    def values_of(self, query: dict[str, str]) -> Any:
+        """As a node answers."""
+        rows = [self._value(query["account"], key) for key in sorted(self.values.keys() | self.counts.keys())]
+        if "key" not in query:
+            return [row for row in rows if row["key"].startswith(query.get("prefix", ""))]
+        for row in rows:
+            if row["key"] == query["key"]:
+                return row
+        raise NotFoundError(f"the account has no value {query['key']!r}", hint="formation value list")
+
+    def _value(self, account_id: str, key: str) -> dict[str, Any]:
+        value = self.values.get(key)
+        is_text = value is not None and value.isascii()
+        return {
+            "account": account_id,
+            "key": key,
+            "value_base64": None if value is None else base64.b64encode(value).decode(),
+            "text": value.decode() if value is not None and is_text else None,
+            "count": self.counts.get(key, 0),
+            "seen": [] if value is None else ["5b" * 32],
+        }
+
+
+def claim_record(space: str, key: str, owner: str, *, left_ms: int | None = None) -> dict[str, Any]:
+    """A claim as the API shows it."""
+    return {
+        "id": f"{space}/{key}",
+        "space": space,
+        "key": key,
+        "owner": owner,
+        "owner_name": NAMES.get(owner, key if space == "handle" else ""),
+        "fence": [4, 1],
+        "granted_ms": 0,
+        "expires_ms": left_ms or 0,
+        "left_ms": left_ms,
+        "note": "",
+    }
+
+
 def vm_record(vm_id: str, name: str, *, phase: str) -> dict[str, Any]:
     """A VM as the API shows it."""
     return {
@@ -319,6 +476,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(list(node.vms.values()))
             case ["vms", wanted]:
                 self._json(node.find_vm(wanted))
+            case ["vms", wanted, "grants"]:
+                vm = node.find_vm(wanted)
+                grants = node.accounts.grants.get(vm["vm_id"], {})
+                rows = [{"account_id": account, "role": role, "handle": ""} for account, role in grants.items()]
+                self._json({"vm_id": vm["vm_id"], "owner": vm["owner"], "owner_handle": "alice", "grants": rows})
             case ["vms", wanted, "logs"]:
                 node.find_vm(wanted)
                 node.permits.append(self.headers.get("Formation-Permit", ""))
@@ -332,6 +494,18 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(node.find_image(wanted))
             case ["events"]:
                 self._stream(self._events(query), "text/event-stream")
+            case ["accounts", account_id]:
+                self._json(node.accounts.shown(account_id))
+            case ["values"]:
+                self._json(node.accounts.values_of(query))
+            case ["claims"]:
+                self._json([claim for claim in node.accounts.claims if query.get("space") in (None, claim["space"])])
+            case _ if "/".join(path) in node.files:
+                name = "/".join(path)
+                data = node.files[name].pop(0)
+                self._file(data)
+            case _ if "/".join(path) in node.answers:
+                self._json(node.answers["/".join(path)])
             case _:
                 raise NotFoundError("no such route")
 
@@ -343,6 +517,11 @@ class _Handler(BaseHTTPRequestHandler):
             case ["images", "build"]:
                 node.builds.append((query, self._body()))
                 self._stream(self._build(query), "application/x-ndjson")
+            case ["voters"]:
+                if node.refuse is not None:
+                    raise node.refuse
+                node.posts.append(("voters", json.loads(self._body())))
+                self._json(node.answers["voters"])
             case ["vms", _, "console", "input"]:
                 node.typed += self._body()
                 self.send_response(204)
@@ -409,6 +588,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def _file(self, data: bytes) -> None:
+        """A file; one that begins with `cut` breaks off."""
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        if data.startswith(b"cut"):
+            self.close_connection = True
+            return
+        self.wfile.write(b"0\r\n\r\n")
 
     def _stream(self, chunks: Iterator[bytes], media_type: str) -> None:
         self.send_response(200)

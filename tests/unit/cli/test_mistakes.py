@@ -24,7 +24,7 @@ class _Run(Protocol):
 
 # (what, arguments, exit status, part of the error, part of the hint)
 _MISTAKES: list[tuple[str, str, int, str, str]] = [
-    ("no such command", "creat", 2, "no such command 'creat'. Did you mean 'create'?", "formation --help"),
+    ("no such command", "creat", 2, "no such command 'creat'. Did you mean 'create'", "formation --help"),
     ("no such subcommand", "vm lost", 2, "no such command 'lost'", "formation vm --help"),
     ("no such flag", "ps --colour always", 2, "no such option: --colour", "formation ps --help"),
     ("missing argument", "vm create", 2, "missing argument 'IMAGE'", "formation vm create --help"),

@@ -14,7 +14,8 @@ from typing import Protocol
 
 import pytest
 
-from tests.unit.cli.fake_node import FakeNode
+from tests.unit.cli.fake_node import FakeNode, claim_record
+from tests.unit.cli.state_answers import answers
 
 _SCRIPTS = sorted((Path(__file__).parents[2] / "scripts").glob("*.txt"))
 # What differs from run to run: ids, random names, times, places.
@@ -75,6 +76,10 @@ def _set_up(node: FakeNode, words: list[str]) -> None:
             node.outcome = outcome
         case ["stop"]:
             node.stop()
+        case ["state"]:
+            node.answers |= answers()
+        case ["claim", space, key, owner, left_ms]:
+            node.accounts.claims.append(claim_record(space, key, owner, left_ms=int(left_ms)))
         case ["formfile", folder]:
             Path(folder).mkdir()
             (Path(folder) / "Formfile").write_text("FROM busybox\n")

@@ -3,6 +3,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from formation.cli.tui.keys import parse_keys
 from formation.cli.tui.model import (
     EVENT_COUNT_MAX,
@@ -118,6 +120,23 @@ def test_events_are_bounded_and_the_cursor_stays_on_its_event() -> None:
     model = _pressed(model, "3", "j", "j")
     before = selected(model)
     assert selected(with_event(model, {"position": 9999, "verb": "vm.ready", "at_ms": 9999})) == before
+
+
+@pytest.mark.parametrize(
+    ("verb", "level", "void", "is_told"),
+    [
+        ("vm.ready", "observed", "", True),
+        ("vm.claimed", "observed", "", False),
+        ("vm.claimed", "certified", "", False),
+        ("vm.claimed", "final", "", True),
+        ("vm.claimed", "final", "held by another", True),
+        ("of.a.newer.node", "observed", "", True),
+    ],
+)
+def test_what_the_spine_decides_is_told_when_it_has(verb: str, level: str, void: str, is_told: bool) -> None:
+    """A claim that is only certified has not happened yet."""
+    model = with_event(_model(), {"position": 1, "verb": verb, "at_ms": 1, "level": level, "void": void})
+    assert bool(model.events) is is_told
 
 
 def test_keys_of_bytes() -> None:

@@ -27,6 +27,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Model:
     for position, verb in enumerate(("vm.claimed", "vm.scheduled", "vm.created", "vm.booted", "vm.ready"), start=1):
         event = {
             "position": position,
+            "level": "final" if verb == "vm.claimed" else "certified",
             "verb": verb,
             "object_id": "vm-" + "a" * 16,
             "node_id": NODE_2,

@@ -174,7 +174,7 @@ def test_only_our_form_of_cose_sign1_is_parsed(name: str, raw: bytes) -> None:
 
 def test_an_indefinite_array_within_the_tag_is_refused() -> None:
     """Even the right fields in another framing are another value."""
-    with pytest.raises(DecodeError, match="indefinite"):
+    with pytest.raises(DecodeError, match=r"^signed value: "):
         parse_signed(b"\xd2\x9f" + BODY[1:] + b"\xff")
 
 

@@ -34,6 +34,7 @@ def intent(**changes: Any) -> Intent:
         "nonce": b"\x01" * 16,
         "created_ms": NOW_MS,
         "expires_ms": NOW_MS + LIFETIME_MS,
+        "key": KEY.public_key,
     }
     return Intent(**(fields | changes))
 
@@ -61,6 +62,9 @@ def test_the_stamp_orders_by_time_then_digest() -> None:
         {"account": b""},
         {"account": b"\0" * 31},
         {"account": b"\0" * 33},
+        {"key": b""},
+        {"key": b"\0" * 31},
+        {"key": b"\0" * 33},
         {"nonce": b""},
         {"nonce": b"\0" * 15},
         {"nonce": b"\0" * 17},
@@ -80,8 +84,9 @@ def test_an_intent_with_impossible_fields_is_not_one(changes: dict[str, Any]) ->
 
 
 def test_another_array_is_not_an_intent() -> None:
-    """Seven fields, no more and no less."""
-    for fields in ([], [1] * 7, [*msgspec.to_builtins(intent(), builtin_types=(bytes,)), 0]):
+    """Eight fields, no more and no less."""
+    good = msgspec.to_builtins(intent(), builtin_types=(bytes,))
+    for fields in ([], [1] * 8, good[:7], [*good, 0]):
         signed = sign_value(KEY.sign, Context.INTENT, network_id=NETWORK, payload=encode(fields))
         with pytest.raises(DecodeError):
             parse_intent(signed.raw)
@@ -123,8 +128,17 @@ def test_the_door_refuses_another_networks_intent() -> None:
     assert "formation status" in caught.value.hint
 
 
+def test_another_key_may_sign_for_an_account() -> None:
+    """The intent names the key that signs; whether it speaks for the account is the state's to say."""
+    other = KeyPair(b"\x08" * 32)
+    wish = sign_intent(other.sign, intent(key=other.public_key), network_id=NETWORK)
+    check_intent(verify_ed25519, wish, network_id=NETWORK, now_ms=NOW_MS)
+    assert wish.account_id == KEY.account_id
+    assert wish.intent.key == other.public_key
+
+
 def test_the_door_refuses_an_intent_in_anothers_name() -> None:
-    """An account that did not sign wishes nothing."""
+    """A key that did not sign wishes nothing."""
     wish = sign_intent(KeyPair(b"\x08" * 32).sign, intent(), network_id=NETWORK)
     with pytest.raises(DeniedError, match="signature does not hold"):
         check_intent(verify_ed25519, wish, network_id=NETWORK, now_ms=NOW_MS)

@@ -199,7 +199,7 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
     "address with a line end": (TEXT.replace("192.0.2.3/tcp/4700", r"192.0.2.3/tcp/4700\n"), "voter 3: addresses", "/ip4/"),
     "address of the wrong type": (TEXT.replace('["/ip4/192.0.2.3/tcp/4700"]', "[4700]"), "voter 3: addresses", "/ip4/"),
     "voter without an id": (without("node_id", 3), "voter 4: node_id or signature is missing", "this is a draft"),
-    "voter without a signature": (without("signature", 1), "voter 2: node_id or signature is missing", "this is a draft"),
+    "voter without a signature": (without("signature", 1), "signature of bob is missing", "its founders have not all signed"),
     "bad id": (TEXT.replace(KEYS[0].node_id, KEYS[0].node_id[:-1]), "voter 1: '12D3", COPY_HINT),
     "signature not hex": (TEXT.replace('signature = "', 'signature = "zz', 1), "voter 1: non-hexadecimal", COPY_HINT),
     "short signature": (TEXT.replace(found().signatures[0].signature.hex(), "00"), "no valid signature of ada", "edited"),

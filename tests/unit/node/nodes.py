@@ -159,6 +159,7 @@ class Nodes:
             nonce=self._nonces.randbytes(NONCE_SIZE_BYTES),
             created_ms=created_ms,
             expires_ms=created_ms + 60_000,
+            key=key.public_key,
         )
         return sign_intent(key.sign, intent, network_id=self.manifest.network_id if network_id is None else network_id)  # type: ignore[arg-type] # another network's
 

@@ -11,19 +11,33 @@ import pytest
 import structlog.testing
 import trio
 
-from formation.core.errors import UnavailableError
-from formation.core.event import Event, ImageBuilt, ImageHeld, ImageReady, VmClaimed, VmDeleted, VmDesired
+from formation.core.errors import ConflictError, UnavailableError
+from formation.core.event import (
+    EVENT_BY_VERB,
+    ClaimReleased,
+    ClaimRenewed,
+    Event,
+    ImageBuilt,
+    ImageHeld,
+    ImageReady,
+    VmClaimed,
+    VmDeleted,
+    VmDesired,
+)
 from formation.core.spec import Desired, Resources
-from formation.node.dispatch import RETRY_S, Dispatch
+from formation.node.dispatch import RETRY_S, Dispatch, vm_to_look_at
+from formation.node.door import level_of
+from formation.node.health import GRACE_S
 from formation.node.wiring import Node
 from formation.pack.service import PackService
 from formation.state.feed import Feed
-from formation.state.service import StateService
+from formation.state.service import Change, Level, StateService
 from formation.vmm.service import VmmService
 from tests.unit.node.nodes import NO_IMAGE, Nodes, advertised, eventually, requested, running
 
 Clock = trio.abc.Clock
 IMAGE = NO_IMAGE
+CLAIM = VmClaimed(why="it fits", ttl_ms=60_000)
 
 
 class Woken:
@@ -31,10 +45,12 @@ class Woken:
 
     def __init__(self) -> None:
         self.vm_ids: list[str] = []
+        self.may_return = trio.Event()
+        self.may_return.set()
 
     async def reconcile_vm(self, vm_id: str) -> None:
-        await trio.lowlevel.checkpoint()
         self.vm_ids.append(vm_id)
+        await self.may_return.wait()
 
 
 class Images:
@@ -62,7 +78,7 @@ class Rig:
         return vm.vm_id
 
     async def say(self, event: Event, object_id: str) -> None:
-        await self.node.state.wait_certified(await self.node.state.append_event(event, object_id))
+        await self.node.state.append_event(event, object_id, level=level_of(event))
         await trio.sleep(1)
 
     def was_woken(self) -> list[str]:
@@ -90,7 +106,7 @@ async def dispatching(folder: Path, *held: str) -> AsyncIterator[Rig]:
 
 
 async def test_what_an_owner_wants_of_a_vm_wakes_it(tmp_path: Path, jumping_clock: Clock) -> None:
-    """Asked for, changed, deleted: each when it is certified, once."""
+    """Asked for, changed, deleted: each when it takes effect, once."""
     async with dispatching(tmp_path) as rig:
         vm_id = await rig.ask()
         await trio.sleep(1)
@@ -105,19 +121,76 @@ async def test_a_claim_wakes_its_vm_and_a_status_does_not(tmp_path: Path, jumpin
     """A holder knows what it said itself."""
     async with dispatching(tmp_path) as rig:
         vm_id = await rig.ask()
-        await rig.say(VmClaimed(why="it fits"), vm_id)
+        await rig.say(CLAIM, vm_id)
         assert rig.was_woken() == [vm_id, vm_id]
         await rig.say(ImageReady(trace_id="t", generation=0, digest=IMAGE, cached=True, pulled_bytes=0, pulled_from=""), vm_id)
         assert rig.was_woken() == []
 
 
-async def test_a_void_change_wakes_nobody(tmp_path: Path, jumping_clock: Clock) -> None:
+@pytest.mark.parametrize("object_id", ["../../etc", "vm-aaaaaaaaaaaaaaaa"])
+async def test_a_void_change_wakes_nobody(object_id: str, tmp_path: Path, jumping_clock: Clock) -> None:
     """It changes nothing, and its words are whatever a peer wrote."""
     async with dispatching(tmp_path) as rig:
-        await rig.say(VmClaimed(why="it fits"), "../../etc")
+        with pytest.raises(ConflictError):
+            await rig.say(CLAIM, object_id)
+        await trio.sleep(1)
         changes = [item async for item in _so_far(rig.node.state)]
         assert changes[-1].void
         assert rig.was_woken() == []
+
+
+async def test_a_renewal_wakes_nobody(tmp_path: Path, jumping_clock: Clock) -> None:
+    """It changes nothing but a time that only its holder looks at; letting go wakes whoever could take it."""
+    async with dispatching(tmp_path) as rig:
+        vm_id = await rig.ask()
+        await rig.say(CLAIM, vm_id)
+        rig.was_woken()
+        await rig.say(ClaimRenewed(), "placement/")
+        await rig.say(ClaimRenewed(), f"placement/{vm_id}")
+        assert rig.was_woken() == []
+        await rig.say(ClaimReleased(), f"placement/{vm_id}")
+        assert rig.was_woken() == [vm_id]
+
+
+VM = "vm-aaaaaaaaaaaaaaaa"
+
+
+@pytest.mark.parametrize(
+    ("verb", "object_id", "level", "void", "wakes"),
+    [
+        ("vm.desired", VM, Level.OBSERVED, "", False),
+        ("vm.desired", VM, Level.CERTIFIED, "", True),
+        ("vm.desired", VM, Level.CERTIFIED, "revoked", False),
+        # It counted while it was certified; a revocation that was ordered before it takes it back.
+        ("vm.desired", VM, Level.FINAL, "revoked", True),
+        ("vm.deleted", VM, Level.CERTIFIED, "", False),
+        ("vm.deleted", VM, Level.FINAL, "", True),
+        ("vm.deleted", VM, Level.FINAL, "not yours", False),
+        ("vm.claimed", VM, Level.CERTIFIED, "", False),
+        ("vm.claimed", VM, Level.FINAL, "", True),
+        ("claim.transferred", f"placement/{VM}", Level.FINAL, "", True),
+        ("claim.released", "name/web", Level.FINAL, "", False),
+        ("vm.ready", VM, Level.CERTIFIED, "", False),
+    ],
+)
+def test_at_which_level_a_change_concerns_a_vm(verb: str, object_id: str, level: Level, void: str, wakes: bool) -> None:
+    """What only the spine decides has not happened before it has."""
+    cls = EVENT_BY_VERB[verb]
+    change = Change(
+        position=1,
+        level=level,
+        record=cls.record,
+        object_id=object_id,
+        verb=verb,
+        topic=cls.topic,
+        event=None,
+        node_id="n",
+        account="",
+        hlc=1,
+        trace_id="",
+        void=void,
+    )
+    assert vm_to_look_at(change) == (VM if wakes else None)
 
 
 async def _so_far(state: StateService) -> AsyncIterator[Any]:
@@ -132,12 +205,12 @@ async def test_news_of_a_node_wake_what_waits_for_a_place(tmp_path: Path, jumpin
     """A VM that has one stays where it is."""
     async with dispatching(tmp_path) as rig:
         placed, waiting = await rig.ask("placed"), await rig.ask("waiting")
-        await rig.say(VmClaimed(why="it fits"), placed)
+        await rig.say(CLAIM, placed)
         rig.was_woken()
         await rig.say(advertised(rig.node, version="2"), rig.node.key.node_id)
         assert rig.was_woken() == [waiting]
         rig.dispatch.on_peer(rig.node.key.node_id, False)
-        await trio.sleep(1)
+        await trio.sleep(GRACE_S / 2)
         assert rig.was_woken() == [waiting]
 
 
@@ -145,15 +218,17 @@ async def test_after_a_gap_all_vms_are_looked_at(tmp_path: Path, jumping_clock: 
     """What was missed may concern any of them."""
     async with dispatching(tmp_path) as rig:
         placed, waiting = await rig.ask("placed"), await rig.ask("waiting")
-        await rig.say(VmClaimed(why="it fits"), placed)
+        await rig.say(CLAIM, placed)
         rig.was_woken()
         # The window forgets more than a reader takes between two looks.
-        small = Feed(count_max=1)
-        small.last_position = rig.node.state.status().position
+        small = Feed(rig.node.state.replica.expand, count_max=1)
+        small.begin(rig.node.state.status().position)
         rig.node.state._feed = small
-        async with trio.open_nursery() as nursery:
-            for n in range(3):
-                nursery.start_soon(rig.node.state.append_event, advertised(rig.node, version=str(n)), rig.node.key.node_id)
+        rig.woken.may_return = trio.Event()
+        for n in range(3):
+            await rig.say(advertised(rig.node, version=str(n)), rig.node.key.node_id)
+        assert rig.was_woken() == [waiting]
+        rig.woken.may_return.set()
         await trio.sleep(1)
         assert {placed, waiting} <= set(rig.was_woken())
 

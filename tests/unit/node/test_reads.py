@@ -11,6 +11,8 @@ from formation.core.errors import ConflictError, NotFoundError
 from formation.core.event import VmClaimed, VmDesired
 from formation.core.spec import Desired
 from formation.node.reads import UNKNOWN_AFTER_S
+from formation.state.service import Level
+from formation.vmm.leases import LAPSED_REASON, PLACEMENT_TTL_MS
 from tests.unit.node.nodes import NO_IMAGE, OTHER, Nodes, context, eventually, requested, running
 
 Clock = trio.abc.Clock
@@ -107,6 +109,30 @@ async def test_while_its_holder_is_silent_nobody_knows_how_a_vm_is(tmp_path: Pat
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.slow
+async def test_a_vm_whose_lease_lapsed_is_being_placed_and_says_why(tmp_path: Path, jumping_clock: Clock) -> None:
+    """On its own node and where its holder's word is heard, though nobody can certify it; then it comes back by itself."""
+    async with trio.open_nursery() as nursery:
+        nodes = Nodes(tmp_path, voters=4)
+        await nodes.start(nursery, 0, 1, 2, 3)
+        vm_id, guest = await nodes.boot()
+        await nodes.phase(vm_id, "running", 1)
+        for index in (2, 3):
+            await nodes.stop(index)
+        await trio.sleep(PLACEMENT_TTL_MS / 1000 + 10)
+        assert guest.has_ended
+        for index in (0, 1):
+            shown = nodes[index].reads.vm(nodes[index].state.view.vms()[0])
+            assert (shown["phase"], shown["reason"], shown["node"]) == ("placing", LAPSED_REASON, "n0")
+        await nodes.start(nursery, 2)
+        for index in (0, 1):
+            await nodes.phase(vm_id, "running", index)
+            shown = nodes[index].reads.vm(nodes[index].state.view.vms()[0])
+            assert shown["reason"] == ""
+        assert nodes.worlds[0].processes[vm_id] is not guest
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_vm_that_has_ended_stays_so_without_its_holder(tmp_path: Path, jumping_clock: Clock) -> None:
     """Stopped is stopped: there is nothing left that could have changed."""
     async with running(tmp_path, voters=4) as nodes:
@@ -138,7 +164,7 @@ async def test_a_holder_that_never_was_seen_is_named_by_its_id(tmp_path: Path, j
         token = await nodes[0].state.append_intent(nodes.wish(requested(NO_IMAGE)))
         await nodes[0].state.wait_certified(token)
         vm_id = nodes[0].state.view.vms()[0].vm_id
-        await nodes[3].state.wait_certified(await nodes[3].state.append_event(VmClaimed(why="it fits"), vm_id))
+        await nodes[3].state.append_event(VmClaimed(why="it fits", ttl_ms=60_000), vm_id, level=Level.FINAL)
         await eventually(lambda: nodes[0].state.view.claim(vm_id) is not None)
         assert nodes[0].reads.vm(nodes[0].state.view.vms()[0])["node"] == "n3"
 

@@ -22,13 +22,15 @@ from hypercorn.trio import serve
 from starlette.types import Receive, Scope, Send
 
 from formation.core.errors import ConflictError, FormationError, HostError, NotFoundError, UsageError
+from formation.core.event import NodeAdmitted
 from formation.core.keys import KeyPair, write_key_file
 from formation.core.manifest import found_network
 from formation.node.api import SendBytes, _StreamResponse
 from formation.node.run import _advertise, _DirectoryLock, _http_config, api_token, remove_stale_socket, run_node
 from formation.node.settings import NodeSettings
 from formation.node.wiring import Node
-from tests.unit.node.nodes import advertised
+from formation.state.feed import Level
+from tests.unit.node.nodes import advertised, eventually, running
 
 ROOT = Path(__file__).parents[3]
 
@@ -263,6 +265,18 @@ async def test_a_node_that_does_not_vote_runs_and_writes_nothing(tmp_path: Path,
             assert (await ask(settings.api_socket, "/v1/nodes"))[1] == b"[]"
             assert node.state.status().observed_count == 0
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def test_an_observer_tells_what_it_is_once_it_is_admitted(tmp_path: Path, jumping_clock: trio.abc.Clock) -> None:
+    """Not before: nobody would take it."""
+    async with running(tmp_path, observers=1, hosts=frozenset()) as nodes, trio.open_nursery() as nursery:
+        observer = nodes[1]
+        nursery.start_soon(_advertise, observer, ())
+        await trio.sleep(60)
+        assert observer.state.status().observed_count == nodes[0].state.status().observed_count
+        await nodes[0].state.append_event(NodeAdmitted(), observer.key.node_id, level=Level.FINAL)
+        await eventually(lambda: nodes[0].state.view.node(observer.key.node_id) is not None)
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.net

@@ -18,7 +18,7 @@ def change(**changes: Any) -> Change:
         "object_id": "vm-1",
         "verb": "vm.claimed",
         "topic": Topic.VM,
-        "event": VmClaimed(why="it fits"),
+        "event": VmClaimed(why="it fits", ttl_ms=60_000),
         "node_id": "n",
         "account": "",
         "hlc": 1_780_000_000_000 << 16 | 5,
@@ -42,7 +42,8 @@ def test_a_change_as_json() -> None:
         "at_ms": 1_780_000_000_000,
         "trace_id": "t",
         "void": "",
-        "fields": {"why": "it fits"},
+        "op": "",
+        "fields": {"why": "it fits", "ttl_ms": 60_000},
     }
 
 
@@ -62,7 +63,7 @@ def test_a_change_as_a_server_sent_event() -> None:
 
 def test_line_ends_in_fields_stay_inside_the_data() -> None:
     """JSON escapes them, so a field cannot end the event."""
-    raw = sse_change(change(event=VmClaimed(why="a\n\nevent: x\r\n"), object_id="a\nb"))
+    raw = sse_change(change(event=VmClaimed(why="a\n\nevent: x\r\n", ttl_ms=60_000), object_id="a\nb"))
     assert raw.count(b"\n") == 4
     assert b"\r" not in raw
 

@@ -55,7 +55,7 @@ class Machine:
 
     @asynccontextmanager
     async def node_life(self) -> AsyncIterator[tuple[VmmService, FakeState]]:
-        state = FakeState("n1", self.view)
+        state = FakeState("n1", self.view, clock=SystemClock())
         cache = Path(os.environ.get("FORMATION_TEST_CACHE", self.folder / "cache"))
         pack = PackService(data_dir=self.folder / "images", cache_dir=cache, p2p=cast("P2pService", NoPeers()))
         net = NetService(data_dir=self.folder / "net", public_address="127.0.0.1", rng=random.Random())

@@ -1,0 +1,201 @@
+"""How long this node may run each VM that it holds: claims, renewals and deadlines of placement leases.
+
+Theory of operation. A placement is a lease by the spine's time (`state/claims.py`). What the holder may rely on is its own
+clock since the moment at which it *sent* the claim or renewal that became final; `State.lease_deadline_s` turns that into
+a time of trio's clock at which the VM begins to end. So this room notes the moment before each sending, and counts anew
+when the answer is final; what was sent and not answered changes nothing.
+
+Rules: (1) one operation renews all placements of the node, every fifth of their time to live, so that four may be lost;
+(2) a lease that no operation of this process gave (an earlier life's, or a claim whose answer was not waited for) counts
+from the earliest claim that may have given it, or from the moment at which it is first seen, and is renewed at once;
+(3) who runs a VM asks `may_run`; `look` is called when a deadline passes, and when a renewal gives a lapsed VM its lease
+back.
+
+Not covered: a host that is suspended (its monotonic clock stands still) and a node process that does not run; nobody ends
+a VM then. So as long as no other node takes a placement over, which none does yet, this is only a matter of truthfulness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+import trio
+
+from formation.core.clock import NS_PER_MS, Clock
+from formation.core.errors import ConflictError, FormationError, QuorumError
+from formation.core.event import ClaimRenewed, VmClaimed
+from formation.core.ids import NodeId
+from formation.core.spec import Placement, VmRecord
+from formation.state.feed import Level
+from formation.vmm.needs import State
+
+log = structlog.get_logger(__name__)
+
+SPACE = "placement"
+# A node restarts or is upgraded within five minutes, and its VMs go on. Failover will choose a shorter time.
+PLACEMENT_TTL_MS = 300_000
+# Four renewals may fail before the fifth would come too late.
+RENEW_INTERVAL_S = PLACEMENT_TTL_MS / 1000 / 5
+# Ordering takes a few round trips; after this long there is no quorum, and another try may find one.
+RENEW_DEADLINE_S = 30.0
+CLAIM_DEADLINE_S = 30.0
+RENEW_PAUSE_S_MIN = 1.0
+RENEW_PAUSE_S_MAX = 15.0
+# What people read while a VM is down for want of a quorum.
+LAPSED_REASON = "its lease could not be renewed: no quorum"
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """The moment before something was sent."""
+
+    at_ms: int
+    """This node's wall clock."""
+    at_s: float
+    """trio's clock."""
+
+
+class Leases:
+    """The deadlines of this node's placements; see the module.
+
+    Args:
+      look: asks for a look at a VM whose lease lapsed or came back.
+    """
+
+    def __init__(self, *, node_id: NodeId, state: State, clock: Clock, look: Callable[[str], None]) -> None:
+        self._node_id = node_id
+        self._state = state
+        self._clock = clock
+        self._look = look
+        self._deadlines: dict[str, tuple[tuple[int, int], float]] = {}
+        """VM id -> (fence, trio's time). One that passed stays: only a final answer moves it."""
+        self._lapsed: set[str] = set()
+        """Of those, the ones that passed and were told."""
+        self._unanswered: dict[str, _Sent] = {}
+        """The earliest claim of each VM that may still become final, or did without our knowing."""
+        self._renew_wanted = trio.Event()
+        self._deadlines_changed = trio.Event()
+
+    async def run(self) -> None:
+        """Renew and watch until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._renew_loop)
+            nursery.start_soon(self._watch_loop)
+
+    def may_run(self, vm_id: str, placement: Placement) -> bool:
+        """Whether a VM that is placed on this node may run here now."""
+        known = self._deadlines.get(vm_id)
+        if known is None or known[0] != placement.fence:
+            sent = self._unanswered.get(vm_id)
+            if not self._count(vm_id, sent or self._now()):
+                return False
+            known = self._deadlines[vm_id]
+            if sent is None or known[1] < trio.current_time() + RENEW_INTERVAL_S:
+                # An earlier life's, or a claim that took long: be sure of it soon.
+                self._renew_wanted.set()
+        return trio.current_time() < known[1]
+
+    async def claim(self, vm_id: str, *, why: str) -> bool:
+        """Claim a VM's placement; where this node holds it, that renews it.
+
+        Returns:
+          Whether this node holds it now; False: somebody was earlier, or the VM is deleted.
+
+        Raises:
+          QuorumError: not ordered in time. It may still be.
+          FormationError: the state did not take it.
+        """
+        sent, was_unanswered = self._now(), vm_id in self._unanswered
+        self._unanswered.setdefault(vm_id, sent)
+        try:
+            with trio.fail_after(CLAIM_DEADLINE_S):
+                await self._state.append_event(VmClaimed(why=why, ttl_ms=PLACEMENT_TTL_MS), vm_id, level=Level.FINAL)
+        except ConflictError as exc:
+            # What this node sent before it is decided too, for a lane is ordered from its beginning.
+            self._unanswered.pop(vm_id, None)
+            log.info("vm.claim_lost", vm_id=vm_id, reason=exc.message)
+            return False
+        except trio.TooSlowError as exc:
+            raise QuorumError(
+                f"the claim was not ordered within {CLAIM_DEADLINE_S:.0f} s", hint="is there a quorum? formation status"
+            ) from exc
+        except FormationError:
+            if not was_unanswered:
+                self._unanswered.pop(vm_id, None)
+            raise
+        self._unanswered.pop(vm_id, None)
+        return self._count(vm_id, sent)
+
+    def is_unanswered(self, vm_id: str) -> bool:
+        """Whether a claim of this node was sent whose outcome it does not know."""
+        return vm_id in self._unanswered
+
+    def _now(self) -> _Sent:
+        return _Sent(self._clock.now_ns() // NS_PER_MS, trio.current_time())
+
+    def _ours(self) -> list[tuple[VmRecord, Placement]]:
+        vms = self._state.view.vms()
+        return [(vm, vm.placement) for vm in vms if vm.placement is not None and vm.placement.node_id == self._node_id]
+
+    def _count(self, vm_id: str, sent: _Sent) -> bool:
+        """Count a lease's deadline anew from the sending of what gave it as it stands; whether this node holds it."""
+        record = self._state.view.vm(vm_id)
+        at_s = self._state.lease_deadline_s(SPACE, vm_id, sent_ms=sent.at_ms, sent_s=sent.at_s)
+        if record is None or record.placement is None or at_s is None:
+            return False
+        self._deadlines[vm_id] = (record.placement.fence, at_s)
+        if at_s > trio.current_time() and vm_id in self._lapsed:
+            self._lapsed.discard(vm_id)
+            log.info("vm.lease_is_back", vm_id=vm_id, fence=record.placement.fence)
+            self._look(vm_id)
+        self._deadlines_changed.set()
+        return True
+
+    async def _renew_loop(self) -> None:
+        failed_count = 0
+        while True:
+            self._renew_wanted = trio.Event()
+            self._tidy()
+            is_holder = any(placement.expires_ms for _, placement in self._ours())
+            failed_count = 0 if not is_holder or await self._renew() else failed_count + 1
+            if failed_count:
+                await trio.sleep(min(RENEW_PAUSE_S_MIN * 2 ** min(failed_count - 1, 8), RENEW_PAUSE_S_MAX))
+                continue
+            with trio.move_on_after(RENEW_INTERVAL_S):
+                await self._renew_wanted.wait()
+
+    async def _renew(self) -> bool:
+        sent = self._now()
+        try:
+            with trio.fail_after(RENEW_DEADLINE_S):
+                await self._state.append_event(ClaimRenewed(), f"{SPACE}/", level=Level.FINAL)
+        except (FormationError, trio.TooSlowError) as exc:
+            log.warning("vm.leases_not_renewed", reason=str(exc) or f"not ordered within {RENEW_DEADLINE_S:.0f} s")
+            return False
+        for vm, _ in self._ours():
+            self._count(vm.vm_id, sent)
+        return True
+
+    async def _watch_loop(self) -> None:
+        while True:
+            self._deadlines_changed = trio.Event()
+            now_s, next_s = trio.current_time(), float("inf")
+            for vm_id, (fence, at_s) in list(self._deadlines.items()):
+                if at_s > now_s:
+                    next_s = min(next_s, at_s)
+                elif vm_id not in self._lapsed:
+                    self._lapsed.add(vm_id)
+                    log.warning("vm.lease_lapsed", vm_id=vm_id, fence=fence)
+                    self._look(vm_id)
+            with trio.move_on_at(next_s):
+                await self._deadlines_changed.wait()
+
+    def _tidy(self) -> None:
+        """Forget what is no longer ours, nor may become it."""
+        ours = {vm.vm_id for vm, _ in self._ours()}
+        open_ = {vm.vm_id for vm in self._state.view.vms() if vm.placement is None}
+        self._deadlines = {vm_id: known for vm_id, known in self._deadlines.items() if vm_id in ours}
+        self._unanswered = {vm_id: sent for vm_id, sent in self._unanswered.items() if vm_id in ours or vm_id in open_}
+        self._lapsed &= ours

@@ -1,0 +1,166 @@
+"""Every decoder of bytes that a stranger may send, under one form: bytes in, a value or DecodeError out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import cbor2
+
+from formation.core.codec import decode, encode_plain, parse_signed, verify_ed25519
+from formation.core.errors import DecodeError
+from formation.core.event import EVENT_TYPES, parse_event
+from formation.core.intent import parse_intent
+from formation.core.manifest import Genesis
+from formation.node.attach import AttachRequest
+from formation.node.bulk import FRAME_SIZE_MAX_BYTES, _NotARequest, _write_request
+from formation.node.door import Accepted
+from formation.p2p.frames import FrameDecoder
+from formation.state import sync
+from formation.state.ack import parse_ack
+from formation.state.checkpoint import (
+    BUCKET_COUNT,
+    ItemProof,
+    parse_snapshot_chunk,
+    parse_snapshot_head,
+    parse_snapshot_range,
+    verify_item,
+)
+from formation.state.evidence import OpBundle, bucket_values, encode_op_bundle, state_bundle_head, verify_op, verify_state
+from formation.state.final_chain import epoch_of, parse_final_chain
+from formation.state.gossip import unpack_frames
+from formation.state.joining import verify_offer
+from formation.state.judge import judge_block
+from formation.state.lane import NO_HASH, Block, SpineRef, parse_block, parse_evidence
+from formation.state.membership import parse_freeze, parse_handover, parse_link
+from formation.state.op import check_plain
+from formation.state.spine_values import Kind, parse_final, parse_proposal, parse_vote, parse_votes
+from tests.wire.state_values import COMMITTEE, ENTRY, HLC, LANES, MANIFEST, NETWORK_ID, OFFER, TREE, VALUES
+
+ROOT = TREE.root()
+
+
+def _all_true(*_: object) -> bool:
+    return True
+
+
+def judge_bytes(data: bytes) -> None:
+    """An operation, whatever it is, inside a block that is in order: a verdict."""
+    plain = decode(data, Any, what="op")
+    judge_plain(plain)
+    check_plain(plain)
+
+
+def judge_plain(plain: Any, kind: str = "vm") -> None:
+    """The same of plain values."""
+    block = Block(
+        lane=LANES[0], seq=1, prev=NO_HASH, hlc=HLC, spine_ref=SpineRef(0, NETWORK_ID), deps=(), kind=kind, ops=(plain,)
+    )
+    payload = encode_plain([block.lane, 1, block.prev, block.hlc, [0, NETWORK_ID], [], kind, [plain]])
+    entry = parse_block(cose_of(payload), network_id=NETWORK_ID)
+    judge_block(entry, _all_true)
+
+
+def cose_of(payload: bytes) -> bytes:
+    return cbor2.dumps(cbor2.CBORTag(18, [b"\xa1\x01\x27", {}, payload, bytes(64)]))
+
+
+def judge_whole_block(data: bytes) -> None:
+    """A block, then its operations."""
+    judge_block(parse_block(data, network_id=NETWORK_ID), _all_true)
+
+
+def take_bulk_frame(data: bytes) -> None:
+    """What the bulk door does with a program's bytes before it takes anything up."""
+    decoder = FrameDecoder(size_max_bytes=FRAME_SIZE_MAX_BYTES)
+    for frame in (*decoder.feed(data[: len(data) // 2]), *decoder.feed(data[len(data) // 2 :]), data):
+        item = decode(frame, list, what="request")
+        for op in item[3] if len(item) > 3 and isinstance(item[3], list) else ():
+            try:
+                _write_request(0, op)
+            except _NotARequest as exc:
+                raise DecodeError("not a request") from exc
+
+
+def check_offer(data: bytes) -> None:
+    """A snapshot's offer, with all its signatures taken for good."""
+    offer = sync.decode_answer(data, sync.SnapshotOffer)
+    assert isinstance(offer, sync.SnapshotOffer)
+    ref = verify_offer(offer, founders=COMMITTEE, verify=_all_true, network_id=NETWORK_ID)
+    parse_snapshot_head(offer.head, root=ref.root)
+
+
+DECODERS: Mapping[str, tuple[Callable[[bytes], Any], tuple[str, ...]]] = {
+    "parse_signed": (parse_signed, ("block signed", "ack signed")),
+    "parse_block": (judge_whole_block, ("block signed", "large block")),
+    "parse_ack": (parse_ack, ("ack signed",)),
+    "parse_evidence": (partial(parse_evidence, _all_true, network_id=NETWORK_ID), ("evidence",)),
+    "parse_evidence strictly": (partial(parse_evidence, verify_ed25519, network_id=NETWORK_ID), ("evidence",)),
+    "judge": (judge_bytes, ("op by node", "op delegated", "op of intent")),
+    "parse_proposal": (parse_proposal, ("proposal signed", "proposal of handover signed")),
+    "parse_vote notarize": (partial(parse_vote, Kind.NOTARIZE), ("vote notarize signed",)),
+    "parse_vote nullify": (partial(parse_vote, Kind.NULLIFY), ("vote nullify signed",)),
+    "parse_vote finalize": (partial(parse_vote, Kind.FINALIZE), ("vote finalize signed",)),
+    "parse_votes": (parse_votes, ("votes",)),
+    "parse_final": (parse_final, ("final",)),
+    "parse_freeze": (parse_freeze, ("freeze signed",)),
+    "parse_handover": (parse_handover, ("handover",)),
+    "parse_link": (parse_link, ("link",)),
+    "parse_final_chain": (parse_final_chain, ("final chain", "link")),
+    "decode_request": (sync.decode_request, ("hello", "spine pull", "frontier", "pull", "snapshot", "pieces")),
+    "parse_snapshot_head": (partial(parse_snapshot_head, root=ROOT), ("snapshot head",)),
+    "parse_snapshot_range": (parse_snapshot_range, ("ack",)),
+    "parse_snapshot_chunk": (parse_snapshot_chunk, ("snapshot chunk",)),
+    "verify_item": (lambda data: verify_item(ROOT, "spine", "", decode(data, ItemProof)), ("item proof",)),
+    "verify_offer": (check_offer, ("offer",)),
+    "verify_state": (partial(verify_state, verify=_all_true), ("state file",)),
+    "verify_op": (partial(verify_op, verify=_all_true), ("op file",)),
+    "unpack_frames": (unpack_frames, ("gossip",)),
+    "parse_intent": (parse_intent, ("intent signed",)),
+    "genesis": (lambda data: decode(data, Genesis), ("manifest",)),
+    "bulk": (take_bulk_frame, ("op by node", "pull")),
+    "accepted": (lambda data: decode(data, Accepted), ("ack",)),
+    "attach": (lambda data: decode(data, AttachRequest), ("ack",)),
+    **{f"epoch_of {kind.name}": (partial(epoch_of, kind), ("final", "votes", "proposal signed")) for kind in Kind},
+    **{
+        f"decode_answer {kind.__name__}": (partial(lambda kind, data: sync.decode_answer(data, kind), kind), (name,))
+        for kind, name in (
+            (sync.Buckets, "buckets"),
+            (sync.SpinePulled, "spined"),
+            (sync.Frontier, "lanes"),
+            (sync.Pulled, "pulled"),
+            (sync.SnapshotOffer, "offer"),
+            (sync.PiecesPulled, "pieced"),
+        )
+    },
+    **{f"parse_event {cls.verb}": (partial(parse_event, cls.verb), (cls.verb,)) for cls in EVENT_TYPES},
+}
+"""Name → (decoder, names in VALUES of values that it takes or nearly takes)."""
+
+# Beyond 64 KiB a block's operations are measured one by one.
+LARGE_BLOCK = cose_of(
+    encode_plain([LANES[0], 1, NO_HASH, HLC, [0, NETWORK_ID], [], "value", [[bytes(40_000)], ["x", None], [bytes(40_000)]]])
+)
+STATE_FILE = state_bundle_head(MANIFEST, OFFER) + bucket_values((n, TREE.bucket(n)) for n in range(BUCKET_COUNT))
+OP_FILE = encode_op_bundle(MANIFEST, [], OpBundle(lane=LANES[0], seq=1, index=1, blocks=(ENTRY.raw,), acks=(), final=b""))
+SEEDS = {name: data for name, (_, data) in VALUES.items()} | {
+    "large block": LARGE_BLOCK,
+    "state file": STATE_FILE,
+    "op file": OP_FILE,
+}
+CORPUS = tuple(data for _, data in VALUES.values() if len(data) < 4096)
+
+
+def seeds_of(name: str) -> tuple[bytes, ...]:
+    """Where the mutations of a decoder's input begin."""
+    return tuple(SEEDS[each] for each in DECODERS[name][1])
+
+
+def refuses(name: str, data: bytes) -> bool:
+    """Whether the decoder refuses these bytes in the one way that it may; any other exception passes through."""
+    try:
+        DECODERS[name][0](data)
+    except DecodeError:
+        return True
+    return False

@@ -1,0 +1,135 @@
+"""What a node answers about the replicated state, for the fake node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.unit.cli.fake_node import NODE_1, NODE_2
+
+LANE = "8a" * 32 + "01a20ff241080000d237"
+AT_MS = 1_700_000_000_000
+
+
+def answers() -> dict[str, Any]:
+    """Path → answer."""
+    op_id = f"{LANE}-7-0"
+    return {
+        "state": state(),
+        "state/diff": diff(),
+        "voters": voters(),
+        f"ops/{op_id}": op(op_id),
+        "ops/00112233": op(op_id, void="held by n2 since height 3"),
+        "ops/44556677": op(op_id, level="observed"),
+    }
+
+
+def seats() -> list[dict[str, Any]]:
+    return [
+        {"name": f"n{i}", "node_id": f"12D3KooW{i}", "addresses": [f"/ip4/192.0.2.{i}/tcp/4700"], "online": i < 4}
+        | {"last_ack_age_s": None if i == 4 else 0.2 * i}
+        for i in range(1, 5)
+    ]
+
+
+def voters() -> dict[str, Any]:
+    command = "formation voter replace n4 e=12D3KooWe@/ip4/192.0.2.5/tcp/4700"
+    return {
+        "epoch": 2,
+        "quorum_size": 3,
+        "seats": seats(),
+        "proposals": [
+            {"command": command, "seats": [], "by": ["n1"], "agreed_count": 1, "needed_count": 3, "missing": ["n2", "n3", "n4"]}
+        ],
+        "decided": None,
+        "admitted": [{"node_id": NODE_2, "name": "attic", "by": "n1"}],
+    }
+
+
+def lane(name: str, *, head: int, certified: int, final: int, condition: str = "open") -> dict[str, Any]:
+    return {
+        "lane": LANE,
+        "node_id": NODE_1,
+        "name": name,
+        "opened_ms": AT_MS,
+        "condition": condition,
+        "head_seq": head,
+        "certified_seq": certified,
+        "final_seq": final,
+        "lag_count": head - final,
+        "lag_ms": 1_500 if head > final else 0,
+    }
+
+
+def state() -> dict[str, Any]:
+    return {
+        "network_id": "07" * 32,
+        "node_id": NODE_1,
+        "name": "n1",
+        "is_voter": True,
+        "may_write": True,
+        "epoch": 2,
+        "has_quorum": True,
+        "quorum_size": 3,
+        "is_level": True,
+        "observed_count": 20,
+        "certified_count": 18,
+        "final_count": 15,
+        "uncertified_count": 2,
+        "uncovered_count": 3,
+        "spine": {"height": 9, "view": 12, "time_ms": AT_MS, "is_waiting": True, "silent": ["n4"]},
+        "voters": seats(),
+        "lane_count": 3,
+        "lanes": [
+            lane("n3", head=9, certified=7, final=4),
+            lane("n1", head=7, certified=7, final=7),
+            lane("n2", head=3, certified=3, final=3, condition="forked"),
+        ],
+        "banned": [{"node_id": NODE_2, "name": "n2"}],
+        "checkpoint": {"height": 6, "root": "ab" * 32, "time_ms": AT_MS, "age_ms": 61_000},
+        "disk_size_bytes": 64 << 20,
+        "clock_ahead_ms": 1_250,
+    }
+
+
+def diff() -> dict[str, Any]:
+    side = {"epoch": 2, "view": 12}
+    return {
+        "node": {"node_id": NODE_1, "name": "n1", "height": 9} | side,
+        "peer": {"node_id": NODE_2, "name": "n2", "height": 8} | side,
+        "is_same": False,
+        "lane_count": 2,
+        "lanes": [
+            {"lane": LANE, "node_id": NODE_1, "name": "n1", "is_forked": False}
+            | {"here": {"head_seq": 9, "certified_seq": 8, "is_frozen": False}}
+            | {"there": {"head_seq": 7, "certified_seq": 7, "is_frozen": False}},
+            {"lane": LANE, "node_id": NODE_2, "name": "n2", "is_forked": False}
+            | {"here": None, "there": {"head_seq": 1, "certified_seq": 0, "is_frozen": True}},
+        ],
+    }
+
+
+def op(op_id: str, *, level: str = "final", void: str = "") -> dict[str, Any]:
+    is_final = level == "final"
+    return {
+        "op": op_id,
+        "lane": LANE,
+        "seq": 7,
+        "index": 0,
+        "verb": "claim.made",
+        "object_id": "handle/alice",
+        "class": "O",
+        "fields": {"ttl_ms": 0, "note": ""},
+        "node_id": NODE_1,
+        "node": "n1",
+        "account": "did:key:z6Mkowner",
+        "is_delegated": False,
+        "trace_id": "00112233aabbccdd",
+        "at_ms": AT_MS,
+        "level": level,
+        "signers": ["n1", "n2", "n3"] if is_final else [],
+        "quorum_size": 3,
+        "height": 4 if is_final else 0,
+        "final_index": 1 if is_final else 0,
+        "final_signers": ["n1", "n3", "n4"] if is_final else [],
+        "void": void,
+    }

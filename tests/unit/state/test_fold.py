@@ -1,0 +1,225 @@
+"""The final state is a fold over the final order; what is certified lies over it and is taken back only by a revocation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from formation.core.event import (
+    ClaimMade,
+    Event,
+    NodeAdmitted,
+    NodeDismissed,
+    OwnershipTransferred,
+    RecordKind,
+    ValuePut,
+    VmClaimed,
+    VmDeleted,
+    VmDesired,
+    VmGone,
+    VmReady,
+    VmRequested,
+)
+from formation.core.ids import account_id_of, vm_id_of
+from formation.core.spec import Desired
+from formation.state.checkpoint import StateTree
+from formation.state.fold import State
+from formation.state.judge import Judged, judge_block
+from formation.state.lane import LaneId, lane_id, make_incarnation
+from formation.state.membership import CommitteeState
+from formation.state.op import event_op, intent_op
+from tests.unit.state.replicas import KEYS, NETWORK_ID, NOW_MS, USERS, make_block, make_wish, node_id, seats
+
+REQUEST = VmRequested(name="web", image="sha256:" + "0" * 64, image_name="hello", vcpus=1, memory_mib=256, disk_gib=1)
+VM_ID = vm_id_of(make_wish(REQUEST).digest)
+ADA, BOB = account_id_of(USERS[0]), account_id_of(USERS[1])
+
+
+def judged(kind: str, plain: Any, **where: Any) -> Judged:
+    return judge_block(make_block(kind=kind, ops=[plain], **where), lambda _: True)[0]
+
+
+def wish(event: Event, object_id: str = VM_ID, *, user: int = 0, nonce: int = 0) -> Judged:
+    made = make_wish(event, "" if isinstance(event, VmRequested) else object_id, user=user, nonce=nonce)
+    return judged(event.topic.value, intent_op(made, object_id, op_class=event.op_class), at_ms=1)
+
+
+def word(event: Event, object_id: str = VM_ID, *, author: int = 1) -> Judged:
+    return judged(event.topic.value, event_op(event, object_id), author=author, at_ms=1)
+
+
+CREATE = wish(REQUEST)
+STOP = wish(VmDesired(desired=Desired.STOPPED, generation=1), nonce=1)
+DELETE = wish(VmDeleted(), nonce=2)
+READY = VmReady(trace_id="t", generation=0, address="here", ports=(), boot_ms=1)
+
+
+class Chain:
+    """A state, height after height."""
+
+    def __init__(self) -> None:
+        self.tree = StateTree()
+        self.state = State(CommitteeState(seats(4)), genesis_hash=NETWORK_ID, read_item=self.tree.get)
+        self.view = 0
+
+    def height(self, *ops: Judged, after_ms: int = 10) -> list[str]:
+        """Fold these at the next height; the verdicts."""
+        self.view += 1
+        state = self.state
+        time_ms = (state.time_ms or NOW_MS) + after_ms
+        hash_ = bytes([self.view]) * 32
+        state.begin_height(height=state.height + 1, hash_=hash_, time_ms=time_ms, view=self.view, epoch=0)
+        return [state.apply(op, index=index) for index, op in enumerate(ops)]
+
+    def items(self) -> dict[tuple[str, str], bytes]:
+        """All that `take_dirty` gave so far, as a snapshot would have it."""
+        changed = self.state.take_dirty()
+        self.tree.update(changed)
+        return {item: value for item, value in changed.items() if value is not None}
+
+
+@pytest.fixture
+def chain() -> Chain:
+    return Chain()
+
+
+def desired(state: State, vm_id: str = VM_ID) -> object:
+    cell = state.cell(RecordKind.VM, vm_id)
+    return None if cell is None else cell.fields[""].read()["desired"]
+
+
+def test_what_is_certified_is_shown_before_it_is_final(chain: Chain) -> None:
+    """The overlay lies over the final state, and is gone when the order has taken it; the cell stays the same."""
+    for op in (CREATE, STOP):
+        chain.state.certify(op)
+    assert desired(chain.state) == "stopped"
+    assert chain.state.final_cell(RecordKind.VM, VM_ID) is None
+    shown = chain.state.cell(RecordKind.VM, VM_ID)
+    assert shown is not None
+    fields = shown.fields[""].dump()
+    assert chain.height(CREATE, STOP) == ["", ""]
+    final = chain.state.final_cell(RecordKind.VM, VM_ID)
+    assert final is not None
+    assert final.fields[""].dump() == fields
+    assert chain.state.cell(RecordKind.VM, VM_ID) is final
+
+
+def test_a_transfer_before_it_voids_the_old_owners_word(chain: Chain) -> None:
+    """The one thing that takes a certified operation back."""
+    chain.height(CREATE)
+    chain.state.certify(STOP)
+    assert desired(chain.state) == "stopped"
+    assert chain.height(wish(OwnershipTransferred(to=BOB), nonce=3)) == [""]
+    (void,) = chain.height(STOP)
+    assert void
+    assert desired(chain.state) == "running"
+
+
+def test_an_intent_acts_once(chain: Chain) -> None:
+    """Carried by two nodes, or replayed, its second time is void."""
+    chain.height(CREATE)
+    one, two = chain.height(DELETE, DELETE)
+    assert one == ""
+    assert two
+
+
+def test_a_stranger_may_not(chain: Chain) -> None:
+    """Void for one without a role, and for an object that there is not."""
+    chain.height(CREATE)
+    assert all(chain.height(wish(VmDeleted(), user=1), wish(VmDeleted(), "vm-" + "b" * 16, nonce=5)))
+    cell = chain.state.cell(RecordKind.VM, VM_ID)
+    assert cell is not None
+    assert not cell.is_deleted
+
+
+def test_the_first_claim_in_the_order_places_the_vm(chain: Chain) -> None:
+    """The second is void; the holder's status counts, another's does not; the fence is height and index."""
+    chain.height(CREATE)
+    claims = [word(VmClaimed(why="x", ttl_ms=30_000), author=a) for a in (2, 1)]
+    first, second = chain.height(*claims)
+    assert first == ""
+    assert second
+    lease = chain.state.placement(VM_ID)
+    assert lease is not None
+    assert (lease.owner, lease.fence) == (node_id(2), (2, 0))
+    mine, others = chain.height(word(READY, author=2), word(READY, author=1))
+    assert mine == ""
+    assert "holder" in others
+
+
+def test_a_placement_ends_by_the_spines_time(chain: Chain) -> None:
+    """Then another node may have it, under a higher fence."""
+    chain.height(CREATE)
+    chain.height(word(VmClaimed(why="x", ttl_ms=30_000), author=2))
+    chain.height(after_ms=30_001)
+    assert chain.state.placement(VM_ID) is None
+    assert chain.height(word(VmClaimed(why="y", ttl_ms=30_000), author=1)) == [""]
+    lease = chain.state.placement(VM_ID)
+    assert lease is not None
+    assert (lease.owner, lease.fence) == (node_id(1), (4, 0))
+
+
+def test_a_deleted_vm_is_deleted_for_ever(chain: Chain) -> None:
+    """Its lease goes; later words are void; when its holder has nothing of it left, the record goes too."""
+    chain.height(CREATE)
+    chain.height(word(VmClaimed(why="x", ttl_ms=30_000), author=2))
+    assert chain.height(DELETE) == [""]
+    assert chain.state.placement(VM_ID) is None
+    assert all(chain.height(STOP, word(VmClaimed(why="y", ttl_ms=30_000), author=1)))
+    chain.height(word(VmGone(trace_id="t", name="web"), author=1))
+    assert chain.state.final_cell(RecordKind.VM, VM_ID) is not None
+    chain.height(word(VmGone(trace_id="t", name="web"), author=2))
+    assert chain.state.final_cell(RecordKind.VM, VM_ID) is None
+
+
+def test_voters_admit_and_dismiss_who_may_write(chain: Chain) -> None:
+    """Only a voter's word counts, and voters need no admission."""
+    state = chain.state
+    assert state.may_write(KEYS[0])
+    assert not state.may_write(KEYS[5])
+    assert chain.height(word(NodeAdmitted(), node_id(5))) == [""]
+    assert state.may_write(KEYS[5])
+    assert all(chain.height(word(NodeAdmitted(), node_id(0)), word(NodeDismissed(), node_id(5), author=5)))
+    assert chain.height(word(NodeDismissed(), node_id(5))) == [""]
+    assert not state.may_write(KEYS[5])
+
+
+def test_a_closed_lane_takes_its_elders_with_it(chain: Chain) -> None:
+    """Never again a block of it or of an older incarnation of its key; a newer one is open."""
+    lanes = [LaneId(lane_id(KEYS[1], make_incarnation(n << 16, 0))) for n in (1, 2, 3)]
+    chain.height()
+    chain.state.close_lane(lanes[1])
+    assert [chain.state.is_closed(lane) for lane in lanes] == [True, True, False]
+
+
+def test_one_order_gives_one_state_and_a_snapshot_goes_on_like_it() -> None:
+    """Same operations, same items, byte for byte; a state loaded from them folds on to the same items again (I10)."""
+    one, other = Chain(), Chain()
+    value = wish(ValuePut(value=b"v"), f"{ADA}/k", nonce=4)
+    first = (
+        (CREATE, value),
+        (word(VmClaimed(why="x", ttl_ms=30_000), author=2), wish(ClaimMade(ttl_ms=0), "handle/ada", nonce=6)),
+    )
+    later = ((STOP, word(READY, author=2)), (DELETE,))
+    for height in first:
+        assert one.height(*height) == other.height(*height)
+    items = one.items()
+    assert items == other.items()
+    third = Chain()
+    third.tree.update(items)
+    third.state.load_items((section, identity, value) for (section, identity), value in items.items())
+    third.view = one.view
+    for ops in later:
+        assert one.height(*ops) == third.height(*ops)
+    assert one.items() == third.items()
+
+
+def test_another_order_of_claims_is_another_state(chain: Chain) -> None:
+    """The comparison above can fail."""
+    other = Chain()
+    claims = [word(VmClaimed(why="x", ttl_ms=30_000), author=a) for a in (2, 1)]
+    for each, ops in ((chain, claims), (other, claims[::-1])):
+        each.height(CREATE)
+        each.height(*ops)
+    assert chain.items() != other.items()
