@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from formation.core.codec import HASH_SIZE_BYTES, decode, encode
+from formation.core.codec import HASH_SIZE_BYTES, decode, encode, encode_plain
 from formation.core.errors import DecodeError, UsageError
 from formation.core.event import (
     AccountEvent,
@@ -561,7 +561,9 @@ class State:
             name, cells = _CELL[record], self._cells[record]
             for object_id in ids:
                 cell = cells.get(object_id)
-                items[name, object_id] = None if cell is None else encode(cell.dump())
+                # Values hold lists and bytes only; other cells may hold maps, whose order must be the canonical one.
+                encode_cell = encode_plain if record == _VALUE else encode
+                items[name, object_id] = None if cell is None else encode_cell(cell.dump())
             ids.clear()
         for section in self._sections:
             for identity in section.dirty:

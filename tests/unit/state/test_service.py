@@ -8,8 +8,19 @@ import pytest
 import trio
 
 from formation.core.clock import NS_PER_MS
-from formation.core.errors import ConflictError, DeniedError, NotFoundError
-from formation.core.event import NodeAdvertised, VmClaimed, VmDeleted, VmDesired, VmReady, VmRequested, event_body
+from formation.core.errors import ConflictError, DeniedError, NotFoundError, UnavailableError
+from formation.core.event import (
+    ClaimMade,
+    CommitteeProposed,
+    NodeAdvertised,
+    Seat,
+    VmClaimed,
+    VmDeleted,
+    VmDesired,
+    VmReady,
+    VmRequested,
+    event_body,
+)
 from formation.core.intent import NONCE_SIZE_BYTES, Intent, SignedIntent, sign_intent
 from formation.core.keys import KeyPair
 from formation.core.manifest import Manifest, found_network
@@ -17,6 +28,7 @@ from formation.core.spec import Desired, Resources, VmPhase
 from formation.p2p.loopback import LoopbackNetwork
 from formation.p2p.service import P2pService
 from formation.p2p.transport import TaskStatus
+from formation.state.effects import Tick
 from formation.state.feed import Change, Level
 from formation.state.service import StateService
 from formation.state.store import MemoryDisk, MemoryStore
@@ -226,3 +238,79 @@ async def test_an_observer_reads_and_does_not_write(autojump_clock: trio.abc.Clo
         await eventually(lambda: len(observer.view.nodes()) == 1)
         with pytest.raises(DeniedError):
             await observer.append_event(advertised("me"), cluster.keys[4].node_id)
+
+
+async def test_claims_are_decided_once_and_everywhere_alike(autojump_clock: trio.abc.Clock) -> None:
+    """Of four nodes that want one key at once, one gets it, and all read the same holder and fence."""
+    async with running() as (cluster, _):
+        outcomes: list[str] = []
+
+        async def want(index: int) -> None:
+            try:
+                await cluster.services[index].append_event(ClaimMade(ttl_ms=0), "address/10.0.0.1", level=Level.FINAL)
+                outcomes.append("granted")
+            except ConflictError as exc:
+                outcomes.append(exc.message.split()[0])
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                for index in range(4):
+                    nursery.start_soon(want, index)
+        assert sorted(outcomes) == ["granted", "held", "held", "held"]
+        await eventually(lambda: len({s.view.lease("address", "10.0.0.1") for s in cluster.services.values()}) == 1)
+
+
+async def test_writes_that_wait_end_when_the_spine_closes_their_lane(autojump_clock: trio.abc.Clock) -> None:
+    """Whoever waits is told to try again; the next lane's numbers are not mistaken for theirs."""
+    async with running() as (cluster, nursery):
+        service = cluster.services[0]
+        ids = [key.node_id for key in cluster.keys]
+        await service.append_event(advertised("n0"), ids[0], level=Level.FINAL)
+        cluster.network.partition([ids[0]], ids[1:])
+        outcome: list[str] = []
+
+        async def write() -> None:
+            try:
+                await service.append_event(advertised("cut off"), ids[0], level=Level.CERTIFIED)
+                outcome.append("certified")
+            except UnavailableError:
+                outcome.append("try again")
+
+        nursery.start_soon(write)
+        await trio.sleep(1)
+        lane = service.replica.own_lane
+        assert lane is not None
+        service.replica._close_lane(lane)
+        service._handle(Tick())
+        service.replica._own_final.append((1, ("",)))
+        service._handle(Tick())
+        await eventually(lambda: outcome == ["try again"])
+        assert service.replica.own_lane not in (None, lane)
+
+
+async def test_a_newcomer_begins_with_a_snapshot_and_the_committee_grows(autojump_clock: trio.abc.Clock) -> None:
+    """Seven nodes of which four vote: late ones join by a checkpoint; by the word of three, seven vote; two may be lost."""
+    cluster = Cluster(4, observers=3)
+    async with trio.open_nursery() as nursery:
+        await cluster.start(nursery, 0, 1, 2)
+        first = cluster.services[0]
+        for number in range(40):
+            await first.append_event(advertised(f"n0-{number}"), cluster.keys[0].node_id, level=Level.CERTIFIED)
+            await trio.sleep(3)
+        await eventually(lambda: first.status().checkpoint_height > 0)
+        await cluster.start(nursery, 3, 4, 5, 6)
+        late = cluster.services[6]
+        await eventually(lambda: late.status().height >= first.status().height, timeout_s=60)
+        node = late.view.node(cluster.keys[0].node_id)
+        assert node is not None
+        assert node.name == "n0-39"
+        seats = tuple(Seat(f"n{i}", key.public_key, (f"/memory/{key.node_id}",)) for i, key in enumerate(cluster.keys))
+        for index in range(3):
+            await cluster.services[index].append_event(CommitteeProposed(voters=seats), "epoch/1", level=Level.FINAL)
+        await eventually(lambda: all(s.status().epoch == 1 for s in cluster.services.values()), timeout_s=60)
+        assert len(first.status().voters) == 7
+        await cluster.stop(1)
+        await cluster.stop(2)
+        with trio.fail_after(60):
+            await late.append_event(advertised("new voter"), cluster.keys[6].node_id, level=Level.FINAL)
+        nursery.cancel_scope.cancel()
