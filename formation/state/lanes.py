@@ -973,3 +973,6 @@ class Lanes:
         """After the last record: forget what recovery gathered."""
         self.out, self.log, self.risen = [], [], {}
         self._to_ack = dict.fromkeys(self.uncertified)
+        # Our own acks may have completed a certificate that was not written down any more: in a network of one they do.
+        for lane_id_ in list(self.uncertified):
+            self._certify(self._lanes[lane_id_])

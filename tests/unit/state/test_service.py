@@ -30,6 +30,7 @@ from formation.p2p.service import P2pService
 from formation.p2p.transport import TaskStatus
 from formation.state.effects import Tick
 from formation.state.feed import Change, Level
+from formation.state.replica import RecordKindOf
 from formation.state.service import StateService
 from formation.state.store import MemoryDisk, MemoryStore
 
@@ -314,3 +315,17 @@ async def test_a_newcomer_begins_with_a_snapshot_and_the_committee_grows(autojum
         with trio.fail_after(60):
             await late.append_event(advertised("new voter"), cluster.keys[6].node_id, level=Level.FINAL)
         nursery.cancel_scope.cancel()
+
+
+async def test_what_our_own_ack_certified_is_certified_after_a_restart(autojump_clock: trio.abc.Clock) -> None:
+    """In a network of one the ack is on disk before the certificate is noted: an end between the two loses nothing."""
+    async with running(count=1) as (cluster, nursery):
+        service = cluster.services[0]
+        await service.append_event(advertised("n0"), cluster.keys[0].node_id)
+        disk = cluster.disks[0]
+        await cluster.stop(0)
+        # Up to and with our ack, as after a kill right behind that commit.
+        last_ack = max(at for at, record in enumerate(disk.journal) if record.kind == RecordKindOf.ACK)
+        del disk.journal[last_ack + 1 :]
+        await cluster.start(nursery, 0)
+        await eventually(lambda: len(cluster.services[0].view.nodes(Level.CERTIFIED)) == 1)
