@@ -32,8 +32,10 @@ class Outcome(Enum):
     """Nothing was missing."""
     MOVED = auto()
     """Something came; another round may bring more."""
+    WAITING = auto()
+    """Something is missing that this peer did not have, as it goes while much is under way."""
     STUCK = auto()
-    """Something is missing that this peer did not have."""
+    """Blocks of a final height are missing, and this peer did not have them."""
     SNAPSHOT = auto()
     """What is missing is older than what the peer keeps: only a snapshot helps."""
 
@@ -84,7 +86,9 @@ def sync_round(replica: Replica, peer: NodeId, *, with_closed: bool) -> Round:
         ranges = sync.plan_pull(replica.lanes.index, rows, is_doubtful=replica.lanes.is_doubtful)
     if _progress(replica) != before:
         return Outcome.MOVED
-    return Outcome.STUCK if is_stuck or wanted else Outcome.LEVEL
+    if is_stuck:
+        return Outcome.STUCK
+    return Outcome.WAITING if wanted else Outcome.LEVEL
 
 
 def _progress(replica: Replica) -> tuple[int, ...]:

@@ -136,6 +136,28 @@ def bucket_number(section: str, object_id: str) -> int:
     return _number_of(_key_bytes(section, object_id))
 
 
+class LazyBuckets(Mapping[int, bytes]):
+    """Number → content of buckets, each made of its items when it is asked for: in the thread that writes them."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: dict[int, tuple[bytes, ...]]) -> None:
+        self._items = items
+
+    def __getitem__(self, number: int) -> bytes:
+        return _array(self._items[number])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def over(self, older: LazyBuckets) -> LazyBuckets:
+        """These, and those of `older` that are not among them."""
+        return LazyBuckets({**older._items, **self._items})
+
+
 class StateTree:
     """The final state as bytes, under one hash."""
 
@@ -206,6 +228,17 @@ class StateTree:
         self._merge()
         return _array(self._buckets[number])
 
+    def take_dirty(self) -> LazyBuckets:
+        """The buckets that `update` changed since the last call (or `mark`), as they are now; joined when they are read."""
+        self._merge()
+        taken = LazyBuckets({number: tuple(self._buckets[number]) for number in sorted(self._changed)})
+        self._changed.clear()
+        return taken
+
+    def settle(self) -> None:
+        """Do now what `root` would have to do first: a little work often instead of much at once."""
+        self._merge()
+
     def dirty_buckets(self) -> tuple[int, ...]:
         """Numbers of the buckets that `update` changed since `mark`, ascending."""
         self._merge()
@@ -224,7 +257,8 @@ class StateTree:
         at = bisect_left(items, key)
         if at == len(items) or not items[at].startswith(key):
             return None
-        return decode(items[at], Item).value
+        # Written by us a moment or a checkpoint ago, under a hash: it is read without asking what else it might be.
+        return _bytes_of(items[at][len(key) :])
 
     def items(self) -> Iterator[Item]:
         """All items, by bucket and key. Do not change the tree meanwhile."""
@@ -572,6 +606,12 @@ def _head(major: int, count: int) -> bytes:
         return bytes((major << 5 | 25,)) + count.to_bytes(2, "big")
     assert count < 1 << 32
     return bytes((major << 5 | 26,)) + count.to_bytes(4, "big")
+
+
+def _bytes_of(encoded: bytes) -> bytes:
+    """What an encoded byte string of ours holds: the inverse of `_head(_BYTES, …)` and content."""
+    width = {24: 2, 25: 3, 26: 5}.get(encoded[0] & 0x1F, 1)
+    return encoded[width:]
 
 
 def _key_bytes(section: str, object_id: str) -> bytes:

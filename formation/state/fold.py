@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from formation.core.codec import HASH_SIZE_BYTES, decode, encode, encode_plain
+from formation.core.codec import HASH_SIZE_BYTES, decode, decode_own, encode, encode_plain
 from formation.core.errors import DecodeError, UsageError
 from formation.core.event import (
     AccountEvent,
@@ -61,8 +61,8 @@ EXPIRE_COUNT_MAX = 65_536
 DOT_SIZE_BYTES = LANE_ID_SIZE_BYTES + 8 + 4
 CELL_KINDS = (RecordKind.NODE, RecordKind.ACCOUNT, RecordKind.IMAGE, RecordKind.VM, RecordKind.VALUE)
 _LANE, _KEY, _SPINE, _ADMITTED, _BURIED = "lane", "key", "spine", "admitted", "buried"
-# Cells of values that are kept as objects, 1.5 KiB each; an encoded one takes 0.4 and is a cell again in 15 µs.
-HOT_CELL_COUNT_MAX = 32_768
+# Cells of values that are kept as objects, 1.2 KiB each; an encoded one takes 0.4 and is a cell again in some µs.
+HOT_CELL_COUNT_MAX = 65_536
 _CELL = {kind.value: f"cell.{kind.value}" for kind in CELL_KINDS}
 _VM, _VALUE = RecordKind.VM.value, RecordKind.VALUE.value
 _NODE_WRITER, _HOLDER_WRITER, _ACCOUNT_WRITER = Writer.NODE, Writer.HOLDER, Writer.ACCOUNT
@@ -173,14 +173,14 @@ class State:
         if cell is None and object_id in cells:
             raw = self._read_item(_CELL[record], object_id)
             assert raw is not None, "a cold cell has an item"
-            cell = cells[object_id] = Cell.load(decode(raw, list, what="cell"))
+            cell = cells[object_id] = Cell.load(decode_own(raw))
             self._number(cell)
         return cell
 
     def cool(self) -> None:
         """Let go of the cells of values that were not written since the last call, if they are many; all have their items."""
         values = self._cells[_VALUE]
-        if len(values) > HOT_CELL_COUNT_MAX:
+        if len(values) > HOT_CELL_COUNT_MAX and sum(cell is not None for cell in values.values()) > HOT_CELL_COUNT_MAX:
             for object_id, cell in values.items():
                 if cell is not None and object_id not in self._warm:
                     values[object_id] = None
@@ -552,6 +552,11 @@ class State:
         return ended is not None and ended.seq >= seq
 
     # ── items: state root, snapshots ────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def dirty_count(self) -> int:
+        """Cells that `take_dirty` would encode."""
+        return sum(map(len, self._dirty_cells.values()))
 
     def take_dirty(self) -> dict[Item, bytes | None]:
         """Items that changed since the last call, encoded; None: gone."""

@@ -54,19 +54,28 @@ def verify_offer(offer: sync.SnapshotOffer, *, founders: Committee, verify: Veri
 
 
 def join(
-    *, founders: Committee, verify: Verify, network_id: NetworkId, above_height: int, held: Mapping[int, bytes]
+    *,
+    founders: Committee,
+    verify: Verify,
+    network_id: NetworkId,
+    above_height: int,
+    held: Mapping[int, bytes],
+    offer: sync.SnapshotOffer | None = None,
 ) -> Generator[sync.Request, sync.Answer, Snapshot | None]:
     """Fetch a newer checkpoint than what is here from one peer.
 
     Args:
       above_height: our own final height; None is returned if the peer's checkpoint is not above it.
-      held: buckets that are here already, of whatever state; what is fetched is put in.
+      held: buckets that are here already, of whatever state.
+      offer: the peer's, if it was asked for already.
 
     Raises:
       DecodeError: the peer lies.
     """
-    offer = yield sync.SnapshotAsk()
-    assert isinstance(offer, sync.SnapshotOffer)
+    if offer is None:
+        answer = yield sync.SnapshotAsk()
+        assert isinstance(answer, sync.SnapshotOffer)
+        offer = answer
     if not offer.proof:
         return None
     ref = verify_offer(offer, founders=founders, verify=verify, network_id=network_id)

@@ -38,7 +38,7 @@ from formation.core.event import RecordKind, Seat
 from formation.core.ids import NetworkId, NodeId
 from formation.state import spine as spine_effects
 from formation.state.ack import AckEntry
-from formation.state.checkpoint import SnapshotHead, StateTree, is_checkpoint_due
+from formation.state.checkpoint import LazyBuckets, SnapshotHead, StateTree, is_checkpoint_due
 from formation.state.claims import SPINE_BEHIND_MS_MAX
 from formation.state.effects import (
     Certified,
@@ -97,6 +97,13 @@ COVER_MS = 1_000
 CLOSE_QUIET_MS = 2_000
 # Lanes closed by one proposal: half a committee of 31 restarted at once; the rest is closed by the next.
 CLOSE_COUNT_MAX = 16
+# Changed cells are encoded into the state's tree when they are so many, and not all at the checkpoint: 10 ms every now and
+# then instead of half a second at once. Fewer are most likely to change again.
+FLUSH_CELL_COUNT = 2_048
+# Voters store a checkpoint one after the other, this far apart by their index: while one writes (0.4 s for 60 MB), the
+# others answer. All have done so within 3 s, before the next can be due.
+STORE_STAGGER_MS = 400
+STORE_TURN_COUNT = 8
 # So many lanes left behind are worth a height of their own, though nothing else asks for one: nodes that restart often.
 CLOSE_WANTED_COUNT = 16
 # Final heights whose hashes are known to check a block's spine_ref: minutes at a thousand heights a second.
@@ -189,11 +196,12 @@ class _Capture:
     height: int
     root: Hash
     meta: bytes
-    buckets: dict[int, bytes]
+    buckets: LazyBuckets
     head: SnapshotHead
     records: list[Record]
     """All that happened since, after what was not final then."""
-    is_agreed: bool = False
+    store_at_ns: int | None = None
+    """When it is to be stored; None: nobody has agreed to it yet."""
     proof: bytes = b""
     """CBOR of the FinalChain whose first proposal carries the root."""
 
@@ -303,6 +311,7 @@ class Replica:
                 lanes.tick(now_ns)
                 self.spine.tick(now_ns)
                 self._wake_to_cover()
+                self._wake_to_store()
         self._settle()
         out, lanes.out = tuple(lanes.out), []
         return out
@@ -421,6 +430,13 @@ class Replica:
         if due_ns > self._now_ns:
             self.lanes.out.append(WakeAt(due_ns))
 
+    def _wake_to_store(self) -> None:
+        capture = self._capture
+        if capture is not None and capture.store_at_ns is not None and capture.store_at_ns > self._now_ns:
+            # Not later than its turn is from now on, should the clock have been put back.
+            capture.store_at_ns = min(capture.store_at_ns, self._now_ns + self._stagger_ns())
+            self.lanes.out.append(WakeAt(capture.store_at_ns))
+
     def judged(self, entry: Entry) -> tuple[Judged, ...]:
         """A block's operations, judged by themselves."""
         return entry.judged or judge_block(entry, self._intent_verifier)
@@ -474,6 +490,10 @@ class Replica:
             for index, entry in enumerate(effect.proposals)
             if entry.proposal.height > last
         )
+        # They are final, whether or not we have what they cover: blocks that name them need not wait for that.
+        for entry in effect.proposals:
+            self._final_hashes[entry.proposal.height] = entry.hash
+        self.lanes.on_final_height(self._now_ns)
 
     def _lock_closes(self, vote: bytes) -> None:
         """We notarise a proposal that closes lanes: nothing of them above is acknowledged here any more."""
@@ -565,6 +585,9 @@ class Replica:
         if proposal.handover is not None:
             self._hand_over(final)
         self._capture_if_due(is_handover=proposal.handover is not None)
+        if self.state.dirty_count > FLUSH_CELL_COUNT:
+            self.tree.update(self.state.take_dirty())
+            self.tree.settle()
         self._freeze()
 
     # ── the committee ───────────────────────────────────────────────────────────────────────────────────────────
@@ -630,11 +653,10 @@ class Replica:
         self.tree.update(state.take_dirty())
         state.cool()
         root = self.tree.root()
-        buckets = {number: self.tree.bucket(number) for number in self.tree.dirty_buckets()}
-        self.tree.mark()
+        buckets = self.tree.take_dirty()
         if self._capture is not None:
             # The one before was never stored; its buckets still must be.
-            buckets = self._capture.buckets | buckets
+            buckets = buckets.over(self._capture.buckets)
         base = self._base_records()
         meta = encode([META_FORMAT, state.height, self._next_position, len(base), list(self._counts), self.links])
         kept = [record for record in self._gathered.records if record.kind in _KEPT_RECORDS]
@@ -671,7 +693,8 @@ class Replica:
         if self._roots.get(ref.height, ref.root) != ref.root:
             self.lanes.out.append(Diverged(ref.height))
         elif self._capture is not None and self._capture.height == ref.height:
-            self._capture.is_agreed = True
+            self._capture.store_at_ns = self._now_ns + self._stagger_ns()
+            self.lanes.out.append(WakeAt(self._capture.store_at_ns))
             if final is not None:
                 self._capture.proof = encode(final.proof)
                 self._record(Record(RecordKindOf.PROOF, self._capture.proof))
@@ -682,13 +705,27 @@ class Replica:
     def needs_commit(self) -> bool:
         """Whether CommitReady would give the store something to do."""
         gathered = self._gathered
-        return bool(gathered.records) or self.lanes.has_acks_to_sign or (self._capture is not None and self._capture.is_agreed)
+        return bool(gathered.records) or self.lanes.has_acks_to_sign or self._is_capture_due
+
+    @property
+    def _is_capture_open(self) -> bool:
+        """Whether a checkpoint waits for a quorum to agree on its root."""
+        return self._capture is not None and self._capture.store_at_ns is None
+
+    @property
+    def _is_capture_due(self) -> bool:
+        """Whether a checkpoint is agreed on, and it is our turn to store it."""
+        at_ns = None if self._capture is None else self._capture.store_at_ns
+        return at_ns is not None and at_ns <= self._now_ns
+
+    def _stagger_ns(self) -> int:
+        return (self.lanes.voter or 0) % STORE_TURN_COUNT * STORE_STAGGER_MS * NS_PER_MS
 
     def _on_commit_ready(self) -> None:
         acks = self.lanes.sign_own_acks()
         for ack in acks:
             self._record(Record(RecordKindOf.ACK, ack.raw))
-        capture = self._capture if self._capture is not None and self._capture.is_agreed else None
+        capture = self._capture if self._is_capture_due else None
         gathered = self._gathered
         if not gathered.records and capture is None:
             return
@@ -753,7 +790,7 @@ class Replica:
         since_ns = self._uncovered_since_ns
         if since_ns is not None and self.lanes.uncovered and self._now_ns >= since_ns + COVER_MS * NS_PER_MS:
             return True
-        if (self._capture is not None and not self._capture.is_agreed) or self.state.committee.decision is not None:
+        if self._is_capture_open or self.state.committee.decision is not None:
             return True
         return self.lanes.superseded_count >= CLOSE_WANTED_COUNT and bool(self._closable())
 
@@ -772,7 +809,7 @@ class Replica:
     def extras(self, parent_hash: bytes, height: int) -> Extras:
         """See spine.Oracle."""
         ref = None
-        if self._capture is not None and not self._capture.is_agreed:
+        if self._capture is not None and self._is_capture_open:
             ref = CheckpointRef(self._capture.height, self._capture.root)
         if parent_hash == self.state.hash:
             handover = self.handing.plan()
@@ -1035,7 +1072,7 @@ class Replica:
         if self.checkpoint_head is not None and ref is not None and ref.height == self.checkpoint_head.height:
             self._checkpoint_proof = raw
         elif self._capture is not None and ref is not None and ref.height == self._capture.height:
-            self._capture.is_agreed, self._capture.proof = True, raw
+            self._capture.store_at_ns, self._capture.proof = 0, raw
 
     def _recover_spine(self, kind: Kind, raw: bytes) -> None:
         # What an epoch's last commits hold may come after the record that ended it.

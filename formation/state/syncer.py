@@ -24,7 +24,7 @@ from formation.state.catchup import FromMemory, Outcome, Push, answer_from_memor
 from formation.state.checkpoint import BUCKET_COUNT
 from formation.state.committee import Committee
 from formation.state.effects import RangeReceived, SpineReceived
-from formation.state.joining import Snapshot, join
+from formation.state.joining import Snapshot, join, verify_offer
 from formation.state.replica import Replica
 from formation.state.store import Store
 
@@ -39,7 +39,9 @@ CLOSED_ROUND_COUNT = 16
 WAITING_COUNT_MAX = 64
 # Rounds in a row in which something stayed missing that no peer had, before a snapshot is asked for.
 STUCK_ROUND_COUNT = 3
-# Snapshots held in memory while they are served: none is kept longer than an answer takes.
+# A height whose blocks have not come after this will not have them: a pull takes some milliseconds.
+STALLED_S = 2.0
+# A peer without a newer checkpoint is not asked again at once.
 SNAPSHOT_PAUSE_S = 1.0
 
 _logger = structlog.get_logger(__name__)
@@ -89,6 +91,8 @@ class Syncer:
         self._wanted = trio.Event()
         self._round_index = 0
         self._stuck_count = 0
+        self._stalled: tuple[int, float] | None = None
+        """(final height, trio's time) since when blocks that the next height covers are missing here."""
         self.is_level = False
         """The last round found nothing missing here."""
 
@@ -118,11 +122,26 @@ class Syncer:
     async def _look(self, peer: NodeId, outcome: Outcome) -> None:
         self.is_level = outcome is Outcome.LEVEL
         self._stuck_count = self._stuck_count + 1 if outcome is Outcome.STUCK else 0
+        if self._has_stalled():
+            # Whatever else moves: peers may have begun their journals anew and have these blocks no more.
+            await self._join(peer)
+            return
         if outcome is Outcome.MOVED:
             self._wanted.set()
         elif outcome is Outcome.SNAPSHOT or self._stuck_count >= STUCK_ROUND_COUNT:
             self._stuck_count = 0
             await self._join(peer)
+
+    def _has_stalled(self) -> bool:
+        replica, now = self._owner.replica, trio.current_time()
+        if not replica.missing_ranges():
+            self._stalled = None
+        elif self._stalled is None or self._stalled[0] != replica.state.height:
+            self._stalled = (replica.state.height, now)
+        elif now - self._stalled[1] >= STALLED_S:
+            self._stalled = (replica.state.height, now)
+            return True
+        return False
 
     def _pick(self) -> NodeId | None:
         known = self._peers()
@@ -157,13 +176,28 @@ class Syncer:
 
     async def _join(self, peer: NodeId) -> None:
         """Fetch the peer's checkpoint, if it is newer than what is here, and begin anew with it."""
+        offer = await self._ask(peer, sync.SnapshotAsk())
+        assert isinstance(offer, sync.SnapshotOffer)
+        above_height = self._owner.replica.state.height
+        try:
+            ref = None
+            if offer.proof:
+                ref = verify_offer(offer, founders=self._founders, verify=verify_ed25519, network_id=self._network_id)
+        except DecodeError as exc:
+            _logger.warning("state.snapshot_refused", peer=peer, reason=exc.message)
+            return
+        if ref is None or ref.height <= above_height:
+            await trio.sleep(SNAPSHOT_PAUSE_S)
+            return
+        # Only now: the store has one thread, and commits wait for it.
         held = dict(await trio.to_thread.run_sync(self._read_buckets, limiter=self._limiter))
         steps = join(
             founders=self._founders,
             verify=verify_ed25519,
             network_id=self._network_id,
-            above_height=self._owner.replica.state.height,
+            above_height=above_height,
             held=held,
+            offer=offer,
         )
         answer: sync.Answer | None = None
         while True:
