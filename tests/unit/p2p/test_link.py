@@ -17,6 +17,7 @@ from formation.p2p.loopback import LoopbackNetwork, LoopbackTransport, address_o
 from formation.p2p.presence import Presence
 from formation.p2p.transport import TaskStatus
 
+KEEPALIVE_SIZE_BYTES = len(encode_frame(b""))
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
 
 
@@ -94,6 +95,48 @@ async def test_frames_wait_for_company(autojump_clock: MockClock, monkeypatch: p
             a.links.send_frame(B, bytes(96))
         await until(lambda: len(b.frames) == 100)
         assert sizes[0] == 100 * (96 + 4)
+
+
+async def test_a_lazy_frame_waits_for_an_urgent_one_and_not_long(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for it, so that it costs no send of its own where another follows; order is kept."""
+    sends: list[tuple[float, bytes]] = []
+    async with linked_pair() as (_, a, b):
+        from formation.p2p.loopback import LoopbackStream
+
+        send_all = LoopbackStream.send_all
+
+        async def note(self: LoopbackStream, data: bytes) -> None:
+            if len(data) > KEEPALIVE_SIZE_BYTES:
+                sends.append((trio.current_time(), data))
+            await send_all(self, data)
+
+        monkeypatch.setattr(LoopbackStream, "send_all", note)
+        began = trio.current_time()
+        a.links.send_frame(B, b"lazy", is_lazy=True)
+        await until(lambda: len(b.frames) == 1)
+        assert [data for _, data in sends] == [encode_frame(b"lazy")]
+        assert sends[0][0] - began == pytest.approx(link.LAZY_DELAY_S)
+        await trio.sleep(1)
+        began = trio.current_time()
+        a.links.send_frame(B, b"second", is_lazy=True)
+        a.links.send_frame(B, b"urgent")
+        await until(lambda: len(b.frames) == 3)
+        assert [data for _, data in sends[1:]] == [encode_frame(b"second") + encode_frame(b"urgent")]
+        assert sends[1][0] == pytest.approx(began)
+
+
+async def test_voters_come_and_go_while_links_run(autojump_clock: MockClock) -> None:
+    """A committee's change: the dismissed is no longer sent to, and is taken up again when named again."""
+    async with linked_pair() as (_, a, b):
+        a.links.set_linked(frozenset((A, C)))
+        await until(lambda: not a.links.is_open(B))
+        assert not a.links.send_frame(B, b"x"), "no longer a voter"
+        a.links.set_linked(frozenset((A, B)))
+        await until(lambda: a.links.is_open(B))
+        assert a.links.send_frame(B, b"again")
+        await until(lambda: (A, b"again") in b.frames)
 
 
 async def test_the_largest_frame_passes(autojump_clock: MockClock) -> None:

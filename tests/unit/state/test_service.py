@@ -55,6 +55,7 @@ class Cluster:
         self.disks = [MemoryDisk() for _ in self.keys]
         self.services: dict[int, StateService] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
+        self._ended: dict[int, trio.Event] = {}
         self._generation = 0
 
     async def start(self, nursery: trio.Nursery, *indices: int) -> None:
@@ -77,17 +78,22 @@ class Cluster:
             clock=TrioClock(),
             rng=random.Random(self._generation),
         )
-        with trio.CancelScope() as scope:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(p2p.run)
-                await nursery.start(service.run)
-                self.services[index], self._scopes[index] = service, scope
-                task_status.started(None)
+        ended = trio.Event()
+        try:
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(p2p.run)
+                    await nursery.start(service.run)
+                    self.services[index], self._scopes[index], self._ended[index] = service, scope, ended
+                    task_status.started(None)
+        finally:
+            ended.set()
 
     async def stop(self, index: int) -> None:
         self._scopes[index].cancel()
         self.network.kill(self.keys[index].node_id)
-        await trio.sleep(0.1)
+        # The store is closed in a thread, which takes no time on a mock clock: no sleep is long enough.
+        await self._ended[index].wait()
 
     def wish(self, verb: str, body: bytes, object_id: str = "", *, key: KeyPair = USER) -> SignedIntent:
         now_ms = START_MS + int(trio.current_time() * 1000)
