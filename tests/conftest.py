@@ -2,15 +2,22 @@
 
 On a person's machine a test may skip, because there is no hypervisor or no tool. With `CI` set in the environment the
 machine was made for the tests, and a skip would hide that something of it is missing.
+
+Tests that interrupt need Ctrl-C to work, in this process and in those that it starts. A shell script starts its background
+jobs with SIGINT ignored, and that is inherited.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 from typing import TypeVar
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 R = TypeVar("R", pytest.TestReport, pytest.CollectReport)
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from tests.e2e.conftest import CREATE_TIMEOUT_S, Commands, wait_for
+from tests.e2e.conftest import CREATE_TIMEOUT_S, ROOT, Commands, wait_for
 
 pytestmark = [pytest.mark.vm, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -27,6 +27,8 @@ def test_kill_any_node_at_any_moment_of_a_create(formation: Commands) -> None:
     """Each round kills one node at a random moment; the four agree again after its restart."""
     rng = random.Random(20261123)
     network = formation.network
+    # Else the first victim may be the only one that has the image, and then no node can start another VM of it.
+    formation("image", "build", str(ROOT / "examples" / "hello"), node=network.nodes[1])
     for number in range(ROUNDS):
         # Each node is the victim once, in the last round a random one.
         victim = network.nodes[number] if number < len(network.nodes) else rng.choice(network.nodes)
