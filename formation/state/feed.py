@@ -38,10 +38,6 @@ class Level(StrEnum):
     """The spine has given it its place in the one order. Told of class-O operations, and of others that turn out void."""
 
 
-RANK = {Level.OBSERVED: 0, Level.CERTIFIED: 1, Level.FINAL: 2}
-"""Levels by how sure they are."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """What reached a level at once."""

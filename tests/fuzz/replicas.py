@@ -27,7 +27,7 @@ from formation.state.effects import (
     Submit,
     Tick,
 )
-from formation.state.frames import FRAME_BLOCK, FRAME_EVIDENCE, FRAME_NULLIFY
+from formation.state.frames import FRAME_BLOCK, FRAME_EVIDENCE
 from formation.state.lane import NO_HASH, Evidence
 from formation.state.replica import Replica
 from formation.state.spine_values import Kind, Vote, encode_votes, parse_final, sign_vote
@@ -71,7 +71,8 @@ def honest_frames(*, with_handover: bool) -> tuple[bytes, ...]:
     final = spine_frames(network.replicas[0])
     one, other = make_block(author=LIAR), make_block(author=LIAR, at_ms=1)
     nullify = [
-        FRAME_NULLIFY + sign_vote(signer(KEYS[LIAR]), Kind.NULLIFY, Vote(0, view, LIAR, NO_HASH), network_id=NETWORK_ID).raw
+        bytes((Kind.NULLIFY,))
+        + sign_vote(signer(KEYS[LIAR]), Kind.NULLIFY, Vote(0, view, LIAR, NO_HASH), network_id=NETWORK_ID).raw
         for view in range(1, 6)
     ]
     certificates = [parse_final(frame[1:]) for frame in final if frame[0] == Kind.FINAL]
