@@ -4,8 +4,9 @@ Each patch says its symptom, the cause in the library and our cure. They replace
 exactly one version: `apply_patches` refuses any other. To move to a newer one: run the tests marked `net` without
 `apply_patches`; a patch whose symptom test passes then is no longer needed.
 
-What is cured by other means: gossip messages in `libp2p_gossip` (a subclass), dialling in `libp2p_host` (it avoids
-`dial_peer`, with its 250 ms wait, one address per transport and 60 s of silence after a failure).
+What is cured by other means: streams by a muxer of our own (`libp2p_muxer`), gossip messages in `libp2p_gossip` (a
+subclass), dialling in `libp2p_host` (it avoids `dial_peer`, with its 250 ms wait, one address per transport and 60 s of
+silence after a failure).
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.swarm import Swarm
 from libp2p.pubsub import gossipsub, pubsub, rpc_queue
 from libp2p.pubsub.pb import rpc_pb2
+from libp2p.stream_muxer import muxer_multistream
 from libp2p.tools.anyio_service.trio_manager import TrioManager
 
 from formation.core.errors import HostError
-from formation.p2p.libp2p_yamux import close_quietly, patch_yamux
+from formation.p2p.libp2p_muxer import Muxer, close_quietly
 
 LIBP2P_VERSION = "0.8.1"
 KAD_PROTOCOL = "/formation/kad/1"
@@ -55,7 +57,8 @@ def apply_patches() -> None:
     if _applied:
         return
     _patch_connections()
-    patch_yamux()
+    # It would make its own Yamux, whatever class it is told of.
+    muxer_multistream.Yamux = Muxer
     _patch_gossip()
     _patch_kad()
     _applied = True

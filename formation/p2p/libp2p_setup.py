@@ -15,12 +15,12 @@ from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
-from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from formation.core.errors import HostError, UsageError
 from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
+from formation.p2p.libp2p_muxer import Muxer
 
 # Connections, both directions: the file descriptors and 90 KB of memory that each costs stay within a small host.
 CONNECTION_COUNT_MAX = 512
@@ -36,7 +36,7 @@ def make_host(key: KeyPair, listen: Sequence[Multiaddr], announce: Sequence[Mult
         announce_addrs=list(announce) or None,
         # None would offer SECIO and plaintext, too: with plaintext a peer takes any identity.
         sec_opt={NOISE: Noise(key_pair, noise_privkey=create_x25519_key_pair().private_key)},
-        muxer_opt={YAMUX: Yamux},
+        muxer_opt={YAMUX: Muxer},
         # The defaults limit to 10 connections per second, shrink limits under load, and keep statistics of all.
         resource_manager=ResourceManager(
             limits=ResourceLimits(max_connections=2 * CONNECTION_COUNT_MAX, max_streams=STREAM_COUNT_MAX),

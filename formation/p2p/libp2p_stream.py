@@ -6,14 +6,11 @@ from typing import Any
 
 import structlog
 import trio
-from libp2p.network.stream.exceptions import StreamEOF
+from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 
 from formation.core.errors import UnavailableError
 from formation.core.ids import NodeId
-from formation.p2p.transport import READ_SIZE_MAX_BYTES
 
-# With its 12-byte header and the noise tag this is exactly one noise message; more is cut in two, at twice the cost.
-WRITE_SIZE_MAX_BYTES = 65_507
 # Saying goodbye takes one frame; it must not hold up anybody.
 CLOSE_TIMEOUT_S = 1.0
 
@@ -23,10 +20,12 @@ _logger = structlog.get_logger(__name__)
 class Libp2pStream:
     """Maps the library's exceptions and odd ends of streams to the port's."""
 
-    __slots__ = ("_eof_received", "_eof_sent", "_node_id", "_stream")
+    __slots__ = ("_eof_received", "_eof_sent", "_muxed", "_node_id", "_stream")
 
     def __init__(self, stream: Any, node_id: NodeId) -> None:
         self._stream = stream
+        # Read and written without the library's own states, which cost a round of the scheduler each.
+        self._muxed = stream.muxed_stream
         self._node_id = node_id
         self._eof_sent = False
         self._eof_received = False
@@ -38,12 +37,8 @@ class Libp2pStream:
             await trio.lowlevel.checkpoint()
             return b""
         try:
-            return bytes(await self._stream.read(min(size_max_bytes, READ_SIZE_MAX_BYTES)))
-        except StreamEOF as exc:
-            # The library says "end of stream" for a lost connection, too. Then it has marked the stream as reset.
-            muxed = self._stream.muxed_stream
-            if muxed.reset_received or muxed.conn.event_shutting_down.is_set():
-                raise self._broken(exc) from exc
+            return bytes(await self._muxed.read(size_max_bytes))
+        except MuxedStreamEOF:
             self._eof_received = True
             return b""
         except Exception as exc:
@@ -52,8 +47,7 @@ class Libp2pStream:
     async def send_all(self, data: bytes) -> None:
         """See ByteStream."""
         try:
-            for start in range(0, len(data), WRITE_SIZE_MAX_BYTES):
-                await self._stream.write(data[start : start + WRITE_SIZE_MAX_BYTES])
+            await self._muxed.write(data)
         except Exception as exc:
             raise self._broken(exc) from exc
 

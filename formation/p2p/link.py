@@ -7,11 +7,13 @@ Frames close behind others wait up to COALESCE_DELAY_S for company, because a st
 byte (measured: 1 KiB writes 11 MB/s, 64 KiB writes 448 MB/s); lazy ones wait LAZY_DELAY_S for others to go with. The
 queue is bounded; a frame that finds it full, or no link, is dropped: the room above re-syncs whenever a link comes up,
 and on a timer. Dead peers: a lost connection ends both streams at once. A silent one is found by keep-alives: who
-hears nothing for SILENCE_MAX_S closes all connections to that peer, so that everything is opened anew.
+hears nothing for SILENCE_MAX_S closes all connections to that peer, so that everything is opened anew. One task per
+link looks at such times now and then, because a timer set for each frame would cost as much as sending it.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -39,9 +41,12 @@ QUEUE_SIZE_MAX_BYTES = 8 * 1024 * 1024
 QUEUE_COUNT_MAX = 16_384
 KEEPALIVE_INTERVAL_S = 2.5
 SILENCE_MAX_S = 9.0
+# A time left that is a rounding error must not keep a task busy.
+LOOK_INTERVAL_MIN_S = 0.01
 OPEN_TIMEOUT_S = 5.0
 # A peer whose handler is slow may pause this long before we think it stuck.
 SEND_TIMEOUT_S = 30.0
+_KEEPALIVE = encode_frame(b"")
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 2.0
 # A link that lasted this long was a good one: the next try starts with a short wait again.
@@ -63,6 +68,9 @@ class _Outbox:
     filled: trio.Event = field(default_factory=trio.Event)
     hurried: trio.Event = field(default_factory=trio.Event)
     """Somebody waits for one of the frames."""
+    sent_at: float = 0.0
+    """When the last batch was begun."""
+    is_sending: bool = False
 
     def put_nowait(self, frame: bytes, *, is_lazy: bool) -> bool:
         if not self.is_open or len(self.frames) >= QUEUE_COUNT_MAX or self.size_bytes + len(frame) > QUEUE_SIZE_MAX_BYTES:
@@ -75,7 +83,7 @@ class _Outbox:
         return True
 
     def take_batch_nowait(self) -> tuple[bytes, int]:
-        """The bytes of up to BATCH_SIZE_BYTES of frames (at least one, if any), and how many frames they are."""
+        """The bytes of up to BATCH_SIZE_BYTES of frames (at least one, if any); how many they are, signs of life apart."""
         parts: list[bytes] = []
         size_bytes = 0
         while self.frames and (not parts or size_bytes + len(self.frames[0]) <= BATCH_SIZE_BYTES):
@@ -85,7 +93,7 @@ class _Outbox:
         self.size_bytes -= size_bytes
         if not self.frames:
             self.filled, self.hurried = trio.Event(), trio.Event()
-        return b"".join(parts), len(parts)
+        return b"".join(parts), len(parts) - parts.count(_KEEPALIVE)
 
     def clear(self) -> int:
         """Forget what waits; how many frames that were."""
@@ -94,6 +102,13 @@ class _Outbox:
         self.size_bytes = 0
         self.filled, self.hurried = trio.Event(), trio.Event()
         return count
+
+
+@dataclass(slots=True)
+class _Heard:
+    """Since when we have been waiting for a peer's next word; never, while one is being handled."""
+
+    at: float
 
 
 @dataclass(slots=True)
@@ -206,6 +221,7 @@ class Links:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, stream, nursery.cancel_scope)
+                nursery.start_soon(self._look_after, node_id, outbox, nursery.cancel_scope)
                 nursery.start_soon(self._pump, node_id, outbox, stream, nursery.cancel_scope)
         finally:
             outbox.is_open = False
@@ -221,27 +237,42 @@ class Links:
             _logger.debug("link ended", error=str(exc))
         scope.cancel()
 
+    async def _look_after(self, node_id: NodeId, outbox: _Outbox, scope: trio.CancelScope) -> None:
+        """Send a sign of life after a silence of ours, and give up a peer that takes nothing."""
+        while True:
+            silent_s = trio.current_time() - outbox.sent_at
+            if outbox.is_sending and silent_s >= SEND_TIMEOUT_S:
+                _logger.debug("link broke", peer=node_id, error="the peer takes no frames")
+                scope.cancel()
+            if not outbox.is_sending and silent_s >= KEEPALIVE_INTERVAL_S:
+                outbox.put_nowait(b"", is_lazy=False)
+                silent_s = 0.0
+            left_s = KEEPALIVE_INTERVAL_S if outbox.is_sending else KEEPALIVE_INTERVAL_S - silent_s
+            await trio.sleep(max(left_s, LOOK_INTERVAL_MIN_S))
+
     async def _pump(self, node_id: NodeId, outbox: _Outbox, stream: ByteStream, scope: trio.CancelScope) -> None:
-        sent_at = 0.0
+        outbox.sent_at = trio.current_time() - COALESCE_DELAY_S
         try:
             while True:
-                with trio.move_on_after(KEEPALIVE_INTERVAL_S):
-                    await outbox.filled.wait()
-                if outbox.frames and not outbox.hurried.is_set():
+                await outbox.filled.wait()
+                if not outbox.hurried.is_set():
                     with trio.move_on_after(LAZY_DELAY_S):
                         await outbox.hurried.wait()
                 # A frame after a silence leaves at once; it is the ones close behind another that wait for company.
-                early_s = sent_at + COALESCE_DELAY_S - trio.current_time()
-                if early_s > 0 and 0 < outbox.size_bytes < COALESCE_SIZE_BYTES:
+                early_s = outbox.sent_at + COALESCE_DELAY_S - trio.current_time()
+                if early_s > 0 and outbox.size_bytes < COALESCE_SIZE_BYTES:
                     await trio.sleep(early_s)
-                sent_at = trio.current_time()
+                outbox.sent_at = trio.current_time()
                 data, count = outbox.take_batch_nowait()
-                with trio.fail_after(SEND_TIMEOUT_S):
-                    await stream.send_all(data or encode_frame(b""))
+                outbox.is_sending = True
+                await stream.send_all(data)
+                outbox.is_sending = False
                 self.counters.sent_count += count
-        except (UnavailableError, trio.TooSlowError) as exc:
-            _logger.debug("link broke", peer=node_id, error=str(exc) or "the peer takes no frames")
+        except UnavailableError as exc:
+            _logger.debug("link broke", peer=node_id, error=str(exc))
             scope.cancel()
+        finally:
+            outbox.is_sending = False
 
     def _tell(self, node_id: NodeId, is_up: bool) -> None:
         _logger.info("link up" if is_up else "link down", peer=node_id)
@@ -259,23 +290,33 @@ class Links:
         with trio.CancelScope() as scope:
             self._inbound[node_id] = scope
             try:
-                await self._receive(node_id, stream)
+                fault = None
+                async with trio.open_nursery() as nursery:
+                    heard = _Heard(trio.current_time())
+                    nursery.start_soon(self._listen_for, node_id, heard, nursery.cancel_scope)
+                    try:
+                        await self._receive(node_id, stream, heard)
+                    except FormationError as exc:  # not through the nursery, which would wrap it
+                        fault = exc
+                    nursery.cancel_scope.cancel()
+                if fault is not None:
+                    raise fault
             finally:
                 if self._inbound.get(node_id) is scope:
                     del self._inbound[node_id]
 
-    async def _receive(self, node_id: NodeId, stream: ByteStream) -> None:
+    async def _listen_for(self, node_id: NodeId, heard: _Heard, scope: trio.CancelScope) -> None:
+        """Close all connections to a peer that says nothing: what is open there is dead."""
+        while (left_s := heard.at + SILENCE_MAX_S - trio.current_time()) > 0:  # noqa: ASYNC110 - an event for each frame costs
+            await trio.sleep(min(max(left_s, LOOK_INTERVAL_MIN_S), SILENCE_MAX_S))
+        _logger.info("peer is silent", peer=node_id)
+        await self._transport.close_peer(node_id)
+        scope.cancel()
+
+    async def _receive(self, node_id: NodeId, stream: ByteStream, heard: _Heard) -> None:
         decoder = FrameDecoder(size_max_bytes=FRAME_SIZE_MAX_BYTES)
-        while True:
-            data = b""
-            with trio.move_on_after(SILENCE_MAX_S) as silence:
-                data = await stream.receive_some(READ_SIZE_MAX_BYTES)
-            if silence.cancelled_caught:
-                _logger.info("peer is silent", peer=node_id)
-                await self._transport.close_peer(node_id)
-                return
-            if not data:
-                return
+        while data := await stream.receive_some(READ_SIZE_MAX_BYTES):
+            heard.at = math.inf
             try:
                 frames = decoder.feed(data)
             except DecodeError:
@@ -284,6 +325,7 @@ class Links:
             for frame in frames:
                 if frame:  # empty: a keep-alive
                     await self._deliver(node_id, frame)
+            heard.at = trio.current_time()
 
     async def _deliver(self, node_id: NodeId, frame: bytes) -> None:
         self.counters.received_count += 1

@@ -85,8 +85,11 @@ async def test_a_failure_of_the_library_is_not_the_end_of_the_node() -> None:
             addresses = await nursery.start(a.run)
             await nursery.start(b.run)
             await b.dial(a.node_id, addresses)
+            while not went:  # noqa: ASYNC110 - the library has no event for it
+                await trio.sleep(0.01)
             a._host.get_network().manager.run_task(explode)
-            while a.node_id in b.connected():  # noqa: ASYNC110 - the library has no event for it
+            # The dying host accepts connections until it is gone.
+            while went[-1] or a.node_id in b.connected():  # noqa: ASYNC110 - the library has no event for it
                 await trio.sleep(0.01)
             while a.node_id not in b.connected():
                 await trio.sleep(0.05)

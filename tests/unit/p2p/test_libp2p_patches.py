@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,10 +15,11 @@ from libp2p.pubsub.pb import rpc_pb2
 from formation.core.errors import HostError, UnavailableError
 from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
-from formation.p2p import libp2p_yamux
+from formation.p2p import libp2p_muxer
 from formation.p2p.libp2p_host import Libp2pTransport, make_libp2p_transport
 from formation.p2p.libp2p_patches import LIBP2P_VERSION, STREAMS_PER_CONNECTION_MAX, apply_patches, check_version
 from formation.p2p.transport import ByteStream, Verdict
+from formation.p2p.yamux import FLAG_SYN, HEADER, TYPE_DATA, TYPE_PING
 
 pytestmark = pytest.mark.net
 MESHSUB = "/meshsub/1.1.0"
@@ -232,7 +234,7 @@ async def test_a_peer_that_ignores_the_window_is_dropped() -> None:
     async with victim_and_attacker() as (victim, attacker):
         victim.serve_stream("/lazy/1", never_read)
         stream = await attacker.open_stream(victim.node_id, "/lazy/1")
-        stream._stream.muxed_stream.send_window = 1 << 30  # type: ignore[attr-defined] # the adapter's inside
+        stream._muxed._channel.send_window = 1 << 30  # type: ignore[attr-defined] # the adapter's inside
         with pytest.raises(UnavailableError):
             await stream.send_all(bytes(64 << 20))
         while attacker.node_id in victim.connected():  # noqa: ASYNC110 - the library has no event for it
@@ -271,25 +273,78 @@ async def test_a_write_that_is_cancelled_leaves_the_connection_whole() -> None:
         assert len(victim._host.get_network().get_connections()) == 2
 
 
-async def test_cancelled_opens_give_their_slot_back() -> None:
-    """Unpatched, 256 of them exhaust the connection."""
+async def test_streams_that_are_over_hold_no_place() -> None:
+    """However they ended: read to the end, reset by either side, or given up while they were opened."""
     async with victim_and_attacker() as (victim, attacker):
-        muxed = connection_of(attacker, victim).muxed_conn
-        before = muxed.stream_backlog_semaphore.value
-        async with muxed._write_lock:
-            for _ in range(20):
-                with trio.move_on_after(0):
-                    await attacker.open_stream(victim.node_id, "/echo/1")
-        while muxed.stream_backlog_semaphore.value < before:  # noqa: ASYNC110 - the library has no event for it
+        session = connection_of(attacker, victim).muxed_conn.session
+        before = len(session.channels)
+        for _ in range(20):
+            assert await echoes(attacker, victim)
+            with trio.move_on_after(0):
+                await attacker.open_stream(victim.node_id, "/echo/1")
+        while len(session.channels) > before:  # noqa: ASYNC110 - the library has no event for it
             await trio.sleep(0.01)
 
 
 async def test_a_silent_peer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unpatched, a peer that vanished without a word stays connected for a quarter of an hour."""
-    monkeypatch.setattr(libp2p_yamux, "PING_INTERVAL_S", 0.05)
+    """The library's muxer leaves a peer that vanished without a word connected for a quarter of an hour."""
+    monkeypatch.setattr(libp2p_muxer, "PING_INTERVAL_S", 0.05)
     async with victim_and_attacker() as (victim, attacker):
         # Whoever cannot write does not answer pings.
-        async with connection_of(attacker, victim).muxed_conn._write_lock:
-            while attacker.node_id in victim.connected():  # noqa: ASYNC110 - the library has no event for it
-                await trio.sleep(0.01)
+        muxer = connection_of(attacker, victim).muxed_conn
+        muxer.session._send = lambda frame: None
+        while attacker.node_id in victim.connected():  # noqa: ASYNC110 - the library has no event for it
+            await trio.sleep(0.01)
         assert len(victim.connected()) == 1, "those who answer stay"
+        await attacker.close_peer(victim.node_id)
+
+
+async def test_a_peer_that_reads_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What we owe it is bounded, though it asks without end."""
+    read = os.read
+    async with victim_and_attacker() as (victim, attacker):
+        muxer = connection_of(attacker, victim).muxed_conn
+        deaf = muxer._socket.fileno()
+
+        def read_unless_deaf(fd: int, size: int) -> bytes:
+            if fd == deaf:
+                raise BlockingIOError
+            return read(fd, size)
+
+        monkeypatch.setattr(os, "read", read_unless_deaf)
+        ping = HEADER.pack(0, TYPE_PING, FLAG_SYN, 0, 7) * 5000
+        while attacker.node_id in victim.connected():
+            if len(muxer._unsent) < 1 << 20:
+                muxer._send(ping)
+            await trio.sleep(0.001)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        HEADER.pack(1, TYPE_PING, FLAG_SYN, 0, 0),
+        HEADER.pack(0, 9, 0, 0, 0),
+        HEADER.pack(0, TYPE_DATA, FLAG_SYN, 2, 0),
+        HEADER.pack(0, TYPE_DATA, FLAG_SYN, 0, 0),
+        HEADER.pack(0, TYPE_DATA, 0, 99, 0xFFFF_FFFF),
+    ],
+    ids=["version", "type", "our number", "number 0", "size"],
+)
+async def test_a_frame_against_the_protocol_ends_its_connection_only(frame: bytes) -> None:
+    """The third party still gets its answers."""
+    async with victim_and_attacker() as (victim, attacker):
+        muxer = connection_of(attacker, victim).muxed_conn
+        assert muxer.is_initiator
+        muxer._send(frame)
+        while attacker.node_id in victim.connected():  # noqa: ASYNC110 - the library has no event for it
+            await trio.sleep(0.01)
+
+
+async def test_a_noise_message_that_does_not_decrypt_ends_its_connection_only() -> None:
+    """Half a message, or another's, is no frame."""
+    async with victim_and_attacker() as (victim, attacker):
+        muxer = connection_of(attacker, victim).muxed_conn
+        await muxer._tcp.stream.send_all(b"\x00\x20" + bytes(32))
+        while attacker.node_id in victim.connected():  # noqa: ASYNC110 - the library has no event for it
+            await trio.sleep(0.01)
