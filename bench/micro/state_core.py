@@ -20,7 +20,20 @@ from formation.core.event import DelegationGiven, OpClass, Seat, Topic, ValuePut
 from formation.core.ids import NetworkId, account_id_of
 from formation.core.intent import Intent, sign_intent
 from formation.core.keys import KeyPair
-from formation.state.effects import Commit, CommitReady, Effect, FrameReceived, Input, Send, SendTo, Stored, Submit, Tick
+from formation.state.effects import (
+    Commit,
+    CommitReady,
+    Effect,
+    FrameReceived,
+    Input,
+    Send,
+    SendTo,
+    Stage,
+    Staged,
+    Stored,
+    Submit,
+    Tick,
+)
 from formation.state.op import PlainOp, delegated_op, intent_op
 from formation.state.replica import Replica, ReplicaConfig
 
@@ -83,6 +96,8 @@ class Cluster:
                 self._frames.append((index, frame, None))
             case SendTo(node_id, frames):
                 self._frames.extend((index, frame, node_id) for frame in frames)
+            case Stage(height, _):
+                self.handle(index, Staged(height))
             case Commit(number):
                 self.handle(index, Stored(number))
             case _:

@@ -28,7 +28,18 @@ from formation.state import sync
 from formation.state.catchup import Push, answer_from_memory, answer_from_store, gather, sync_round
 from formation.state.committee import Committee
 from formation.state.disk import DiskStore
-from formation.state.effects import Commit, CommitReady, Input, RangeReceived, SpineReceived, Stored, Submit, Tick
+from formation.state.effects import (
+    Commit,
+    CommitReady,
+    Input,
+    RangeReceived,
+    SpineReceived,
+    Stage,
+    Staged,
+    Stored,
+    Submit,
+    Tick,
+)
 from formation.state.joining import join
 from formation.state.op import delegated_op
 from formation.state.replica import Replica, ReplicaConfig
@@ -52,11 +63,14 @@ class Voter(Cluster):
 
     def handle(self, index: int, event: Input) -> None:
         for effect in self.replicas[index].handle(event, self.now_ns):
-            if isinstance(effect, Commit):
+            if isinstance(effect, Stage):
+                self.store.stage(effect.height, effect.buckets)
+                self.handle(index, Staged(effect.height))
+            elif isinstance(effect, Commit):
                 if effect.checkpoint is None:
                     self.store.commit(effect.records)
                 else:
-                    self.store.checkpoint(effect.checkpoint.meta, effect.checkpoint.buckets, effect.records)
+                    self.store.checkpoint(effect.checkpoint.meta, {}, effect.records, staged=effect.checkpoint.height)
                 self.handle(index, Stored(effect.number))
             else:
                 self._carry_out(index, effect)

@@ -64,11 +64,18 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class Staged:
+    """All of the checkpoint's buckets are written ahead."""
+
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time went on: look at what waits for it."""
 
 
-Input = Submit | FrameReceived | RangeReceived | SpineReceived | CommitReady | Stored | Tick
+Input = Submit | FrameReceived | RangeReceived | SpineReceived | CommitReady | Stored | Staged | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +98,33 @@ class SendTo:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The state as of a certified checkpoint, for the store to begin its journal at."""
+class Stage:
+    """Write a certified checkpoint's buckets ahead, a few at a time between commits, then say Staged.
+
+    A later one takes its place.
+    """
 
     height: int
-    meta: bytes
     buckets: Mapping[int, bytes]
     """Those that changed since the checkpoint before."""
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointStart:
+    """A checkpoint whose buckets are staged, to be put in force."""
+
+    height: int
+    meta: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
-    """Make this durable, then say Stored. With a checkpoint, the records are the journal's new beginning."""
+    """Make this durable, then say Stored."""
 
     number: int
     records: tuple[Record, ...]
-    checkpoint: Checkpoint | None = None
+    checkpoint: CheckpointStart | None = None
+    """With one, the records are the journal's new beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,4 +177,4 @@ class Fault:
     reason: str
 
 
-Effect = Send | SendTo | Commit | Notify | Certified | Finalised | WakeAt | SyncWanted | Diverged | Fault
+Effect = Send | SendTo | Stage | Commit | Notify | Certified | Finalised | WakeAt | SyncWanted | Diverged | Fault

@@ -1,7 +1,10 @@
 """Checkpointed state of the real store: buckets and meta in one SQLite file, and which generation of the journal counts.
 
-The only file that imports sqlite3. It is written once a checkpoint, in one transaction (WAL, synchronous=FULL), which is
-the moment at which the checkpoint is in force.
+The only file that imports sqlite3. Buckets of the next checkpoint can be *staged* ahead, a few at a time: rows of a
+generation that does not count yet, written without a sync. One transaction (WAL, synchronous=FULL) then puts them in force,
+by its head alone. What they supersede goes afterwards, a few at a time as well, so that a commit never waits for a
+whole checkpoint. A bucket's row in force is that of the newest generation which counts. Rows that a process left staged
+are removed before anything else is.
 
 SQLite finds damage in its own structure only, and takes a damaged end of its log for one that was cut off. So each bucket
 has a CRC-32, and a *seal*, SHA-256 over network, journal, meta and the CRCs of all buckets, says that nothing is missing
@@ -33,6 +36,8 @@ RELEASE_0_1_0 = 1
 # The second when SQLite's complaint quotes damaged text.
 _FAILURES = (sqlite3.Error, UnicodeDecodeError)
 _HEAD_KEYS = ("network", "journal", "meta", "seal")
+# Rows removed at once: about as much work as staging a piece.
+TIDY_COUNT = 64
 # generation, count of frames
 _JOURNAL = Struct(">QQ")
 
@@ -56,6 +61,21 @@ MIGRATIONS: tuple[Migration, ...] = (
             "CREATE TABLE buckets (number INTEGER PRIMARY KEY, crc INTEGER NOT NULL, content BLOB NOT NULL)",
         ),
     ),
+    Migration(
+        3,
+        "buckets of several checkpoints",
+        (
+            "ALTER TABLE buckets RENAME TO old",
+            """
+            CREATE TABLE buckets (
+                number INTEGER, generation INTEGER, crc INTEGER NOT NULL, content BLOB NOT NULL,
+                PRIMARY KEY (number, generation)
+            ) WITHOUT ROWID
+            """,
+            "INSERT INTO buckets SELECT number, 0, crc, content FROM old",
+            "DROP TABLE old",
+        ),
+    ),
 )
 
 
@@ -72,6 +92,14 @@ class SqliteView:
         self._migrations = migrations
         self._network_id = b""
         self._crcs: dict[int, int] = {}
+        self._generations: dict[int, int] = {}
+        """Number → generation of its row in force."""
+        self._staged_for = 0
+        self._staged: dict[int, int | None] = {}
+        """Number → CRC of what is staged; None: the bucket goes."""
+        self._has_leftovers = False
+        """Of what was staged when a process ended."""
+        self._superseded: list[tuple[int, int]] = []
         self._connection: sqlite3.Connection | None = None
 
     def open(self, network_id: bytes) -> list[str]:
@@ -140,24 +168,100 @@ class SqliteView:
 
     def _read_head(self, db: sqlite3.Connection) -> None:
         rows: dict[object, object] = dict(db.execute("SELECT key, value FROM meta").fetchall())
-        crcs: dict[object, object] = dict(db.execute("SELECT number, crc FROM buckets").fetchall())
-        if not rows and not crcs:
+        found: list[tuple[object, object, object]] = db.execute("SELECT number, generation, crc FROM buckets").fetchall()
+        if not rows and not found:
             self.generation, self.frame_count, self.meta = 0, 0, b""
             return
         # A flipped bit can change a value's type as well.
         head = [value for key in _HEAD_KEYS if isinstance(value := rows.get(key), bytes)]
-        self._crcs = {number: crc for number, crc in crcs.items() if isinstance(number, int) and isinstance(crc, int)}
-        if len(head) != len(_HEAD_KEYS) or len(self._crcs) != len(crcs):
+        if len(head) != len(_HEAD_KEYS) or len(head[1]) != _JOURNAL.size:
             raise self._damage("its head is not what was written")
+        self.generation, self.frame_count = _JOURNAL.unpack(head[1])
+        self._read_rows(found)
         network_id, journal, meta, seal = head
-        if len(journal) != _JOURNAL.size or seal != seal_of(network_id, journal, meta, self._crcs):
+        if seal != seal_of(network_id, journal, meta, self._crcs):
             raise self._damage("its seal does not match")
         if network_id != self._network_id:
             raise UsageError(f"{self.path} belongs to another network", hint="give each network its own --data-dir")
-        self.generation, self.frame_count = _JOURNAL.unpack(journal)
         self.meta = meta
 
-    def write(self, generation: int, frame_count: int, meta: bytes, buckets: Mapping[int, bytes]) -> None:
+    def _read_rows(self, found: list[tuple[object, object, object]]) -> None:
+        """Which rows are in force; the others go with `tidy`, or before anything else is staged."""
+        self._crcs, self._generations, self._superseded = {}, {}, []
+        self._staged_for, self._staged, self._has_leftovers = 0, {}, False
+        for number, generation, crc in found:
+            if not (isinstance(number, int) and isinstance(generation, int) and isinstance(crc, int)):
+                raise self._damage("a bucket's place is not what was written")
+            if generation > self.generation:
+                self._has_leftovers = True
+                continue
+            older = self._generations.get(number, generation)
+            if older != generation:
+                self._superseded.append((number, min(older, generation)))
+            if older <= generation:
+                self._crcs[number], self._generations[number] = crc, generation
+
+    def stage(self, generation: int, height: int, buckets: Mapping[int, bytes]) -> None:
+        """Write buckets ahead of the checkpoint that `write` puts in force. Not durable, and not there after a crash.
+
+        Args:
+          generation: that the checkpoint will have.
+          height: of the checkpoint; what was staged for another one is forgotten.
+          buckets: b"" deletes; those staged before are replaced.
+
+        Raises:
+          HostError: none of these is staged.
+        """
+        assert generation > self.generation
+        # One that was overtaken does not come back.
+        assert height >= self._staged_for
+        db = self._db()
+        rows = [(number, generation, _crc_of(number, content), content) for number, content in buckets.items() if content]
+        gone = [(number, generation) for number, content in buckets.items() if not content and self._staged.get(number)]
+        try:
+            # The transaction that puts them in force syncs them, for it stands behind them in the same log.
+            db.execute("PRAGMA synchronous=NORMAL")
+            db.execute("BEGIN IMMEDIATE")
+            if height != self._staged_for:
+                db.execute("DELETE FROM buckets WHERE generation > ?", (self.generation,))
+            db.executemany("INSERT OR REPLACE INTO buckets VALUES (?, ?, ?, ?)", rows)
+            db.executemany("DELETE FROM buckets WHERE number = ? AND generation = ?", gone)
+            db.execute("COMMIT")
+            db.execute("PRAGMA synchronous=FULL")
+        except _FAILURES as exc:
+            error = self._rolled_back(db, exc)
+            db.execute("PRAGMA synchronous=FULL")
+            raise error from exc
+        if height != self._staged_for:
+            self._staged_for, self._staged = height, {}
+        self._staged.update((number, crc) for number, _, crc, _ in rows)
+        self._staged.update((number, None) for number, content in buckets.items() if not content)
+
+    def tidy(self) -> bool:
+        """Remove a few rows that are no longer in force; whether more are left.
+
+        Raises:
+          HostError: the disk refused.
+        """
+        if not self._superseded:
+            return False
+        gone, self._superseded = self._superseded[:TIDY_COUNT], self._superseded[TIDY_COUNT:]
+        db = self._db()
+        try:
+            db.execute("PRAGMA synchronous=NORMAL")
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany("DELETE FROM buckets WHERE number = ? AND generation = ?", gone)
+            db.execute("COMMIT")
+            db.execute("PRAGMA synchronous=FULL")
+        except _FAILURES as exc:
+            error = self._rolled_back(db, exc)
+            db.execute("PRAGMA synchronous=FULL")
+            raise error from exc
+        return bool(self._superseded)
+
+    def write(
+        self, generation: int, frame_count: int, meta: bytes, buckets: Mapping[int, bytes], *, staged: int | None = None
+    ) -> None:
         """Put a checkpoint in force; durable when it returns.
 
         Args:
@@ -165,13 +269,17 @@ class SqliteView:
           frame_count: that it begins with.
           meta: replaces the one before.
           buckets: the changed ones; b"" deletes.
+          staged: the height that further changed ones were staged for; None: none were, and any that are staged are forgotten.
 
         Raises:
           WriteUnknownError: it may be in force or not.
           HostError: it is not.
         """
-        crcs = {number: crc for number, crc in self._crcs.items() if number not in buckets}
-        crcs.update((number, _crc_of(number, content)) for number, content in buckets.items() if content)
+        assert staged in (None, self._staged_for)
+        changed: dict[int, int | None] = {} if staged is None else dict(self._staged)
+        changed.update((number, _crc_of(number, content) if content else None) for number, content in buckets.items())
+        crcs = {number: crc for number, crc in self._crcs.items() if number not in changed}
+        crcs.update((number, crc) for number, crc in changed.items() if crc is not None)
         journal = _JOURNAL.pack(generation, frame_count)
         seal = seal_of(self._network_id, journal, meta, crcs)
         head = zip(_HEAD_KEYS, (self._network_id, journal, meta, seal), strict=True)
@@ -179,15 +287,24 @@ class SqliteView:
         try:
             db.execute("BEGIN IMMEDIATE")
             db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", head)
-            db.executemany("DELETE FROM buckets WHERE number = ?", [(n,) for n, content in buckets.items() if not content])
+            if staged is None and (self._staged or self._has_leftovers):
+                db.execute("DELETE FROM buckets WHERE generation > ?", (self.generation,))
+            db.executemany("DELETE FROM buckets WHERE number = ?", [(n,) for n, crc in changed.items() if crc is None])
             db.executemany(
-                "INSERT OR REPLACE INTO buckets VALUES (?, ?, ?)",
-                ((number, crcs[number], content) for number, content in buckets.items() if content),
+                "INSERT OR REPLACE INTO buckets VALUES (?, ?, ?, ?)",
+                ((number, generation, crcs[number], content) for number, content in buckets.items() if content),
             )
             db.execute("COMMIT")
         except _FAILURES as exc:
             raise self._rolled_back(db, exc) from exc
         self.generation, self.frame_count, self.meta, self._crcs = generation, frame_count, meta, crcs
+        self._staged_for, self._staged, self._has_leftovers = 0, {}, False
+        for number, crc in changed.items():
+            older = self._generations.pop(number, None)
+            if crc is not None:
+                self._generations[number] = generation
+                if older is not None:
+                    self._superseded.append((number, older))
 
     def _rolled_back(self, db: sqlite3.Connection, exc: Exception) -> HostError:
         is_known = _code_of(exc) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
@@ -208,7 +325,11 @@ class SqliteView:
         if number not in self._crcs:
             return b""
         try:
-            rows = self._db().execute("SELECT content FROM buckets WHERE number = ?", (number,)).fetchall()
+            rows = (
+                self._db()
+                .execute("SELECT content FROM buckets WHERE number = ? AND generation = ?", (number, self._generations[number]))
+                .fetchall()
+            )
         except _FAILURES as exc:
             raise self._error(exc) from exc
         return self._checked(number, rows[0][0] if rows else None)

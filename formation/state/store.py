@@ -10,8 +10,8 @@ Rules that callers rely on:
     whole or not at all, and only if everything before it is there.
 (2) An error of `commit` says "not promised", not "not there": what failed may turn up as a whole after the next open.
 (3) `load` gives records in the order of their commits; `read_blocks` the newest record of each (lane, seq).
-(4) One thread at a time calls open, load, commit, checkpoint and close. `read_blocks` and `read_bucket` may run in other
-    threads meanwhile and see either the state before or after a commit or checkpoint, never one in between.
+(4) One thread at a time calls open, load, commit, stage, tidy, checkpoint and close. `read_blocks` and `read_bucket` may run in
+    other threads meanwhile and see either the state before or after a commit or checkpoint, never one in between.
 """
 
 from __future__ import annotations
@@ -96,13 +96,39 @@ class Store(Protocol):
         """
         ...
 
-    def checkpoint(self, meta: bytes, buckets: Mapping[int, bytes], records: Sequence[Record]) -> None:
+    def stage(self, height: int, buckets: Mapping[int, bytes]) -> None:
+        """Write some of the next checkpoint's buckets ahead, so that no commit waits for all of them.
+
+        Nothing shows before the checkpoint, and nothing of it is there after a crash.
+
+        Args:
+          height: of that checkpoint, above 0; what was staged for another one is forgotten.
+          buckets: b"" deletes; those staged before are replaced.
+
+        Raises:
+          HostError: none of these is staged; as for `commit`.
+        """
+        ...
+
+    def tidy(self) -> bool:
+        """Give back some of the space of what the last checkpoint superseded; whether there is more.
+
+        Raises:
+          HostError: the disk refused.
+        """
+        ...
+
+    def checkpoint(
+        self, meta: bytes, buckets: Mapping[int, bytes], records: Sequence[Record], *, staged: int | None = None
+    ) -> None:
         """Start the journal anew; durable and atomic when it returns.
 
         Args:
           meta: replaces the one before.
           buckets: the changed ones only; b"" deletes.
           records: what of the journal is not covered by the buckets and must stay; they come first from now on.
+          staged: the height that further changed buckets were staged for, to the last one; None: none were, and any that are
+            staged are forgotten.
 
         Raises:
           HostError: as for `commit`; the state before is kept.
@@ -163,6 +189,9 @@ class MemoryDisk:
     journal: list[Record] = field(default_factory=list)
     blocks: dict[bytes, dict[int, bytes]] = field(default_factory=dict)
     """Lane -> seq -> body of the newest record."""
+    staged: dict[int, bytes] = field(default_factory=dict)
+    """Of the next checkpoint; forgotten by opening."""
+    staged_for: int = 0
     unsynced: list[_Write] = field(default_factory=list)
     """Begun and not yet promised, oldest first."""
     is_full: bool = False
@@ -205,7 +234,7 @@ class MemoryDisk:
             self.meta = write.meta
             self.buckets.update(write.buckets)
             for number in [number for number, content in write.buckets.items() if not content]:
-                del self.buckets[number]
+                self.buckets.pop(number, None)
             self.journal, self.blocks = [], {}
             write = write.records
         self.journal.extend(write)
@@ -239,6 +268,7 @@ class MemoryStore:
         if self._disk.network_id not in (b"", network_id):
             raise UsageError("the store belongs to another network", hint="give this network its own --data-dir")
         self._disk.network_id, self._disk.holder = network_id, self
+        self._disk.staged, self._disk.staged_for = {}, 0
 
     def load(self) -> Loaded:
         """See Store."""
@@ -254,13 +284,31 @@ class MemoryStore:
             check_record(record)
         self._disk.unsynced.append(tuple(records))
 
-    def begin_checkpoint(self, meta: bytes, buckets: Mapping[int, bytes], records: Sequence[Record]) -> None:
+    def stage(self, height: int, buckets: Mapping[int, bytes]) -> None:
+        """See Store."""
+        assert self._is_open
+        self._refuse_if_full()
+        assert height >= self._disk.staged_for
+        if height != self._disk.staged_for:
+            self._disk.staged, self._disk.staged_for = {}, height
+        self._disk.staged.update(buckets)
+
+    def tidy(self) -> bool:
+        """See Store."""
+        return False
+
+    def begin_checkpoint(
+        self, meta: bytes, buckets: Mapping[int, bytes], records: Sequence[Record], *, staged: int | None = None
+    ) -> None:
         """Write without sync."""
         assert self._is_open
         self._refuse_if_full()
         for record in records:
             check_record(record)
-        self._disk.unsynced.append(_Checkpoint(meta, dict(buckets), tuple(records)))
+        assert staged in (None, self._disk.staged_for)
+        ahead = {} if staged is None else self._disk.staged
+        self._disk.unsynced.append(_Checkpoint(meta, {**ahead, **buckets}, tuple(records)))
+        self._disk.staged, self._disk.staged_for = {}, 0
 
     def sync(self) -> None:
         """Promise everything begun."""
@@ -277,9 +325,11 @@ class MemoryStore:
         self.begin(records)
         self.sync()
 
-    def checkpoint(self, meta: bytes, buckets: Mapping[int, bytes], records: Sequence[Record]) -> None:
+    def checkpoint(
+        self, meta: bytes, buckets: Mapping[int, bytes], records: Sequence[Record], *, staged: int | None = None
+    ) -> None:
         """See Store."""
-        self.begin_checkpoint(meta, buckets, records)
+        self.begin_checkpoint(meta, buckets, records, staged=staged)
         self.sync()
 
     def read_blocks(self, lane: bytes, *, first_seq: int, last_seq: int, size_max_bytes: int) -> tuple[bytes, ...]:

@@ -182,10 +182,29 @@ class RecordingView(SqliteView):
         finally:
             self._record(before)
 
-    def write(self, generation: int, frame_count: int, meta: bytes, buckets: Mapping[int, bytes]) -> None:
+    def write(
+        self, generation: int, frame_count: int, meta: bytes, buckets: Mapping[int, bytes], *, staged: int | None = None
+    ) -> None:
         before = files_of(self.path)
-        super().write(generation, frame_count, meta, buckets)
+        super().write(generation, frame_count, meta, buckets, staged=staged)
         self._record(before)
+
+    def stage(self, generation: int, height: int, buckets: Mapping[int, bytes]) -> None:
+        before = files_of(self.path)
+        super().stage(generation, height, buckets)
+        self._record_unsynced(before)
+
+    def tidy(self) -> bool:
+        before = files_of(self.path)
+        is_more = super().tidy()
+        self._record_unsynced(before)
+        return is_more
+
+    def _record_unsynced(self, before: Database) -> None:
+        """Nothing of it is safe before the next transaction that syncs: the log may end anywhere behind what was."""
+        after = files_of(self.path)
+        self.disk.database = torn(before, after, self.power.rng)
+        self.power.use()
 
     def _record(self, before: Database) -> None:
         after = files_of(self.path)

@@ -153,19 +153,19 @@ class SyncsFirst(RecordingFiles):
 class RemovesEarly(DiskStore):
     """A checkpoint that removes the old generation before the new one is in force."""
 
-    def checkpoint(self, meta: bytes, buckets: object, records: Sequence[Record]) -> None:
+    def checkpoint(self, meta: bytes, buckets: object, records: Sequence[Record], *, staged: int | None = None) -> None:
         following = self._log.begin(records)
         self._log.switch(following)
-        self._view.write(following.number, following.frame_count, meta, buckets)  # type: ignore[arg-type]
+        self._view.write(following.number, following.frame_count, meta, buckets, staged=staged)  # type: ignore[arg-type]
 
 
 class DoesNotWait(DiskStore):
     """A checkpoint whose records are not synced before it is in force."""
 
-    def checkpoint(self, meta: bytes, buckets: object, records: Sequence[Record]) -> None:
+    def checkpoint(self, meta: bytes, buckets: object, records: Sequence[Record], *, staged: int | None = None) -> None:
         sync, self._files.sync = self._files.sync, lambda fd: None  # type: ignore[method-assign]
         try:
-            super().checkpoint(meta, buckets, records)  # type: ignore[arg-type]
+            super().checkpoint(meta, buckets, records, staged=staged)  # type: ignore[arg-type]
         finally:
             self._files.sync = sync  # type: ignore[method-assign]
 

@@ -33,6 +33,8 @@ from formation.state.effects import (
     Input,
     Send,
     SendTo,
+    Stage,
+    Staged,
     Stored,
     Submit,
     Tick,
@@ -84,6 +86,8 @@ class Network:
             case SendTo(node_id, frames):
                 self.frames.extend(frames)
                 self._queue.extend((self._ids.index(node_id), FrameReceived(self._ids[index], frame)) for frame in frames)
+            case Stage(height, _):
+                self._queue.append((index, Staged(height)))
             case Commit(number):
                 self._queue.append((index, Stored(number)))
             case _:

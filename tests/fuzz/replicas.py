@@ -23,6 +23,8 @@ from formation.state.effects import (
     Input,
     RangeReceived,
     SpineReceived,
+    Stage,
+    Staged,
     Stored,
     Submit,
     Tick,
@@ -151,6 +153,8 @@ def _give(replica: Replica, event: Input, now_ns: int) -> tuple[Effect, ...]:
 
 def _store(replica: Replica, now_ns: int) -> None:
     for effect in replica.handle(CommitReady(), now_ns):
+        if isinstance(effect, Stage):
+            replica.handle(Staged(effect.height), now_ns)
         if isinstance(effect, Commit):
             replica.handle(Stored(effect.number), now_ns)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ from formation.state.effects import (
     Send,
     SendTo,
     SpineReceived,
+    Stage,
+    Staged,
     Stored,
     Submit,
     SyncWanted,
@@ -60,6 +63,8 @@ SYNC_PAUSE_MS = 50.0
 ANSWER_TIMEOUT_MS = 400.0
 # Rounds that found something missing which the peer did not have; then only a snapshot can help.
 STUCK_COUNT_MAX = 3
+# Small, so that much comes between.
+STAGE_COUNT = 3
 # A run that takes more events than this goes round in circles.
 EVENT_COUNT_MAX = 400_000
 
@@ -96,6 +101,8 @@ class Node:
     held: list[Callable[[], None]] = field(default_factory=list)
     """What came while it was paused."""
     commit: Commit | None = None
+    stage: Stage | None = None
+    """The newest."""
     position: int = 0
     wake_at_ns: int | None = None
     sync_due_ns: int = 0
@@ -285,6 +292,9 @@ class Cluster:
                         self.send(node, node_id, frame)
                 case WakeAt(at_ns):
                     self._wake_at(node, at_ns)
+                case Stage():
+                    node.stage = effect
+                    self.after(0.0, partial(self._stage, node, node.life, effect, deque(effect.buckets)))
                 case Commit():
                     self._begin_commit(node, effect)
                 case Certified(lanes):
@@ -374,6 +384,21 @@ class Cluster:
 
     # ── disks ──
 
+    def _stage(self, node: Node, life: int, stage: Stage, left: deque[int]) -> None:
+        """A few buckets now, the next after a while: commits and crashes come between."""
+        if node.life != life or not node.is_up or node.stage is not stage:
+            return
+        piece = {number: stage.buckets[number] for number in (left.popleft() for _ in range(min(len(left), STAGE_COUNT)))}
+        try:
+            node.store.stage(stage.height, piece)
+        except HostError:
+            self.crash(node)
+            return
+        if left:
+            self.after(self.rng.uniform(0.1, 5.0), partial(self._stage, node, life, stage, left))
+        else:
+            self.handle(node, Staged(stage.height))
+
     def _begin_commit(self, node: Node, commit: Commit) -> None:
         if node.commit is not None:
             breach("I9", "two commits at once")
@@ -382,7 +407,8 @@ class Cluster:
             if commit.checkpoint is None:
                 node.store.begin(commit.records)
             else:
-                node.store.begin_checkpoint(commit.checkpoint.meta, commit.checkpoint.buckets, commit.records)
+                checkpoint = commit.checkpoint
+                node.store.begin_checkpoint(checkpoint.meta, {}, commit.records, staged=checkpoint.height)
                 self.counts.add("stored checkpoints")
         except HostError:
             self.crash(node)

@@ -21,6 +21,8 @@ from formation.state.effects import (
     Input,
     Notify,
     Send,
+    Stage,
+    Staged,
     Stored,
     Submit,
     Tick,
@@ -139,6 +141,8 @@ def take(replica: Replica, frame: bytes, now_ns: int = NOW_NS) -> tuple[Effect, 
 def commit(replica: Replica, now_ns: int = NOW_NS) -> tuple[Effect, ...]:
     """One whole commit: what came out when it was stored."""
     for effect in replica.handle(CommitReady(), now_ns):
+        if isinstance(effect, Stage):
+            replica.handle(Staged(effect.height), now_ns)
         if isinstance(effect, Commit):
             return replica.handle(Stored(effect.number), now_ns)
     return ()

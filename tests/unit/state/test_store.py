@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -15,7 +16,7 @@ import pytest
 from formation.core.errors import HostError, UsageError
 from formation.state.disk import DiskStore
 from formation.state.disk_files import Files, host_error
-from formation.state.sqlite import MIGRATIONS, Migration, SqliteView, WriteUnknownError
+from formation.state.sqlite import MIGRATIONS, TIDY_COUNT, Migration, SqliteView, WriteUnknownError
 from formation.state.store import MemoryDisk, MemoryStore, Record, Store
 
 NETWORK = b"n" * 32
@@ -159,6 +160,66 @@ def test_a_checkpoint_replaces_the_journal_and_the_changed_buckets(reopen: Open)
         assert store.read_blocks(LANE, first_seq=2, last_seq=9, size_max_bytes=100) == ()
         store.close()
         store = reopen()
+
+
+def test_buckets_staged_ahead_show_with_their_checkpoint_only(reopen: Open) -> None:
+    """Those of another height, and those that a crash left, are forgotten; the newest content of a number counts."""
+    store = reopen()
+    store.checkpoint(b"one", {0: b"zero", 1: b"one", 2: b"two"}, [block(1)])
+    store.stage(7, {0: b"overtaken", 8: b"overtaken"})
+    store.stage(8, {0: b"new zero", 1: b"first", 5: b"five"})
+    store.commit([block(2)])
+    assert contents(store) == (b"one", {0: b"zero", 1: b"one", 2: b"two"}, [block(1), block(2)])
+    store.close()
+    store = reopen()
+    store.stage(8, {0: b"new zero", 1: b"first"})
+    store.stage(8, {1: b"second", 2: b""})
+    assert store.read_bucket(1) == b"one"
+    store.commit([block(3)])
+    store.checkpoint(b"two", {3: b"three"}, [block(3)], staged=8)
+    wanted = {0: b"new zero", 1: b"second", 3: b"three"}
+    for _ in range(2):
+        assert contents(store) == (b"two", wanted, [block(3)])
+        assert [store.read_bucket(n) for n in range(5)] == [b"new zero", b"second", b"", b"three", b""]
+        while store.tidy():
+            pass
+        assert contents(store)[1] == wanted
+        store.close()
+        store = reopen()
+    store.stage(9, {0: b"a snapshot came first", 2: b""})
+    store.checkpoint(b"three", {1: b"its"}, [])
+    assert contents(store) == (b"three", wanted | {1: b"its"}, [])
+    store.close()
+    store = reopen()
+    assert contents(store) == (b"three", wanted | {1: b"its"}, [])
+
+
+def test_what_a_checkpoint_superseded_gives_its_space_back(tmp_path: Path) -> None:
+    """By a few rows at a time, so that commits can come between; opening forgets none of them."""
+    store = disk_store(tmp_path)
+    store.open(NETWORK)
+    rows = {number: os.urandom(1000) for number in range(3 * TIDY_COUNT)}
+    for height in (1, 2, 3):
+        store.stage(height, rows)
+        store.checkpoint(b"", {}, [], staged=height)
+        if height == 2:
+            assert [store.tidy() for _ in range(4)] == [True, True, False, False]
+
+    def row_count() -> int:
+        with closing(sqlite3.connect(tmp_path / "state" / "state.db")) as db:
+            return int(db.execute("SELECT count(*) FROM buckets").fetchone()[0])
+
+    assert row_count() == 2 * len(rows)
+    store.stage(4, dict.fromkeys(rows, b"left by a process that ended"))
+    store.close()
+    store.open(NETWORK)
+    assert row_count() == 3 * len(rows)
+    store.checkpoint(b"", {}, [])
+    while store.tidy():
+        pass
+    assert row_count() == len(rows)
+    assert dict(store.load().buckets) == rows
+    store.close()
 
 
 def test_a_checkpoint_may_keep_more_than_a_segment(reopen: Open) -> None:
@@ -491,8 +552,8 @@ class UnsureView(SqliteView):
 
     is_unsure = False
 
-    def write(self, generation: int, frame_count: int, meta: bytes, buckets: object) -> None:
-        super().write(generation, frame_count, meta, buckets)  # type: ignore[arg-type]
+    def write(self, generation: int, frame_count: int, meta: bytes, buckets: object, *, staged: int | None = None) -> None:
+        super().write(generation, frame_count, meta, buckets, staged=staged)  # type: ignore[arg-type]
         if self.is_unsure:
             raise WriteUnknownError("disk I/O error", hint="dmesg")
 
@@ -572,10 +633,10 @@ def test_a_locked_database_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("UPDATE buckets SET content = 'text' WHERE number = 1", "bucket 1 is not what was written"),
         ("DELETE FROM buckets WHERE number = 1", "seal does not match"),
         ("UPDATE buckets SET crc = 1", "seal does not match"),
-        ("UPDATE buckets SET crc = 'one'", "head is not what was written"),
+        ("UPDATE buckets SET crc = 'one'", "place is not what was written"),
         ("UPDATE meta SET value = x'00' WHERE key = 'meta'", "seal does not match"),
         ("UPDATE meta SET value = 7 WHERE key = 'meta'", "head is not what was written"),
-        ("UPDATE meta SET value = x'00' WHERE key = 'journal'", "seal does not match"),
+        ("UPDATE meta SET value = x'00' WHERE key = 'journal'", "head is not what was written"),
         ("DELETE FROM meta WHERE key = 'seal'", "head is not what was written"),
         ("DELETE FROM meta", "head is not what was written"),
         ("DROP TABLE buckets", "no such table"),
@@ -680,11 +741,11 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
 
 
 SIZES = Migration(
-    3,
+    4,
     "sizes of buckets",
     ("ALTER TABLE buckets ADD COLUMN size INTEGER NOT NULL DEFAULT 0", "UPDATE buckets SET size = length(content)"),
 )
-BROKEN = Migration(4, "broken", ("DELETE FROM buckets", "CREATE TABLE meta (wrong TEXT)"))
+BROKEN = Migration(5, "broken", ("DELETE FROM buckets", "CREATE TABLE meta (wrong TEXT)"))
 
 
 def test_a_missing_step_of_the_schema_is_made_once_and_noted(tmp_path: Path) -> None:
@@ -698,10 +759,33 @@ def test_a_missing_step_of_the_schema_is_made_once_and_noted(tmp_path: Path) -> 
         store = disk_store(tmp_path, view=view)
         store.open(NETWORK)
         notes = store.load().notes
-        assert [("schema 3" in note, "sizes of buckets" in note) for note in notes] == ([(True, True)] if turn == 0 else [])
+        assert [("schema 4" in note, "sizes of buckets" in note) for note in notes] == ([(True, True)] if turn == 0 else [])
         assert contents(store) == (b"meta", {1: b"one"}, [block(1)])
         assert view._db().execute("SELECT size FROM buckets").fetchall() == [(3,)]
-        assert view._db().execute("SELECT version FROM migrations").fetchall() == [(2,), (3,)]
+        assert view._db().execute("SELECT version FROM migrations").fetchall() == [(2,), (3,), (4,)]
+        store.close()
+
+
+def test_buckets_of_the_schema_before_are_kept(tmp_path: Path) -> None:
+    """Schema 2 had one row a bucket."""
+    store = disk_store(tmp_path)
+    store.open(NETWORK)
+    store.checkpoint(b"meta", {1: b"one", 2: b"two"}, [block(1)])
+    store.close()
+    with closing(sqlite3.connect(tmp_path / "state" / "state.db", isolation_level=None)) as db:
+        for statement in (
+            "ALTER TABLE buckets RENAME TO new",
+            "CREATE TABLE buckets (number INTEGER PRIMARY KEY, crc INTEGER NOT NULL, content BLOB NOT NULL)",
+            "INSERT INTO buckets SELECT number, crc, content FROM new",
+            "DROP TABLE new",
+            "DELETE FROM migrations WHERE version = 3",
+        ):
+            db.execute(statement)
+    for turn in range(2):
+        store.open(NETWORK)
+        loaded = store.load()
+        assert [("schema 3" in note, "several checkpoints" in note) for note in loaded.notes] == ([(True, True)], [])[turn]
+        assert contents(store) == (b"meta", {1: b"one", 2: b"two"}, [block(1)])
         store.close()
 
 
