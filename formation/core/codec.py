@@ -78,6 +78,23 @@ def encode_plain(plain: Any) -> bytes:
     return cbor2.dumps(plain, canonical=True)
 
 
+# CBOR's major types (RFC 8949 section 3.1).
+UNSIGNED, BYTES, TEXT, ARRAY = 0, 2, 3, 4
+
+
+def item_head(major: int, count: int) -> bytes:
+    """The first bytes of an item in shortest form: for the few values that are encoded by hand, because they are so many."""
+    if count < 24:
+        return bytes((major << 5 | count,))
+    if count < 1 << 8:
+        return bytes((major << 5 | 24, count))
+    if count < 1 << 16:
+        return (major << 5 | 25).to_bytes(1, "big") + count.to_bytes(2, "big")
+    if count < 1 << 32:
+        return (major << 5 | 26).to_bytes(1, "big") + count.to_bytes(4, "big")
+    return (major << 5 | 27).to_bytes(1, "big") + count.to_bytes(8, "big")
+
+
 def _plain(value: Any) -> Any:
     return msgspec.to_builtins(value, builtin_types=NATIVE)
 

@@ -20,8 +20,10 @@ from formation.core.codec import (
     Sign,
     Signed,
     Verify,
+    convert,
     decode,
     decode_arrays,
+    decode_own,
     encode,
     encode_plain,
     parse_signed,
@@ -133,7 +135,8 @@ def lane_incarnation(lane: bytes) -> bytes:
 def sign_block(sign: Sign, block: Block, *, network_id: NetworkId) -> Entry:
     """A block of our own, read back from its bytes: what we fold must be what everybody else reads there."""
     signed = sign_value(sign, Context.BLOCK, network_id=network_id, payload=encode(block))
-    return Entry(decode_arrays(signed.payload, Block), signed, sha256(signed.raw))
+    # We have just written it in the one form that there is.
+    return Entry(convert(decode_own(signed.payload), Block, what="block"), signed, sha256(signed.raw))
 
 
 def parse_block(raw: bytes, *, network_id: NetworkId) -> Entry:

@@ -56,7 +56,7 @@ from formation.state.op import PlainOp
 from formation.state.sync import FrontierIndex, FrontierRow, Range
 
 # Kinds of blocks that may hold class-O operations.
-_ORDERED_KINDS = frozenset(cls.topic.value for cls in EVENT_TYPES if cls.op_class is OpClass.ORDERED)
+ORDERED_KINDS = frozenset(cls.topic.value for cls in EVENT_TYPES if cls.op_class is OpClass.ORDERED)
 # A fast honest clock is delayed by what it is fast beyond this, never refused (design/state section 3, rule 1).
 AHEAD_MS_MAX = 500
 # Incarnations of one key that are open at once. The spine closes those left behind within seconds of its next height, and
@@ -781,7 +781,7 @@ class Lanes:
         for head in entry.ack.heads:
             lane = self._lanes.get(LaneId(head.lane))
             block = None if lane is None else lane.chain.get(head.seq)
-            if lane is None or block is None or block.block.kind in _ORDERED_KINDS:
+            if lane is None or block is None or block.block.kind in ORDERED_KINDS:
                 return None
             authors.add(lane.node_id)
         return frozenset(authors)

@@ -19,7 +19,7 @@ OP_SIZE_MAX_BYTES = 64 * 1024
 
 PlainOp = list[Any]
 """The array as it stands in a block: [class, verb, object id, body, account, intent]."""
-_FIELD_COUNT = 6
+FIELD_COUNT = 6
 
 
 def event_op(event: Event, object_id: str) -> PlainOp:
@@ -49,7 +49,7 @@ def check_plain(plain: Any) -> tuple[str, str, str, dict[str, Any] | None, bytes
     Raises:
       DecodeError: not an operation.
     """
-    if type(plain) is list and len(plain) == _FIELD_COUNT:
+    if type(plain) is list and len(plain) == FIELD_COUNT:
         op_class, verb, object_id, body, account, intent = plain
         if (
             type(op_class) is str

@@ -70,7 +70,7 @@ from formation.state.handover import Handing, covered_heads
 from formation.state.joining import Snapshot
 from formation.state.judge import IntentVerifier, Judged, judge_block
 from formation.state.lane import Entry, Head, LaneId, SpineRef
-from formation.state.lanes import Lanes
+from formation.state.lanes import ORDERED_KINDS, Lanes
 from formation.state.membership import CommitteeState, FreezeEntry
 from formation.state.order import Covered, Missing, cover
 from formation.state.positions import Positions
@@ -407,15 +407,13 @@ class Replica:
             self._tell(Row(position=self._next_position, count=count, level=level, entry=entry))
 
     def _note_certified(self, entry: Entry) -> None:
+        # Judged now, while the spine is not waiting for it: the signatures of intents take most of the time.
         judged = self.judged(entry)
-        ordered = 0
-        for op in judged:
-            if op.is_ordered:
-                ordered += 1
-            else:
-                self.state.certify(op)
-        if ordered:
-            self._ordered[entry.hash] = ordered
+        self.state.certify(entry.hash, judged)
+        if entry.block.kind in ORDERED_KINDS:
+            ordered = sum(op.is_ordered for op in judged)
+            if ordered:
+                self._ordered[entry.hash] = ordered
         if self._uncovered_since_ns is None:
             self._uncovered_since_ns = self._now_ns
             self._wake_to_cover()
@@ -555,13 +553,12 @@ class Replica:
         decided: list[tuple[Judged, str]] = []
         index = 0
         for block in covered.blocks:
-            verdicts = []
-            for op in self.judged(block):
-                void = self.state.apply(op, index=index)
-                index += 1
-                verdicts.append(void)
-                if op.is_ordered or (void and not op.void):
-                    decided.append((op, void))
+            judged = self.judged(block)
+            verdicts = self.state.apply_block(block.hash, judged, index=index)
+            index += len(judged)
+            if block.block.kind in ORDERED_KINDS or any(verdicts):
+                told = zip(judged, verdicts, strict=True)
+                decided.extend((op, void) for op, void in told if op.is_ordered or (void and not op.void))
             lane_id_, seq = LaneId(block.block.lane), block.block.seq
             self.positions.note(lane_id_, seq, height=proposal.height, first_index=index - len(verdicts), verdicts=verdicts)
             self._ordered.pop(block.hash, None)
