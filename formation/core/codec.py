@@ -14,9 +14,10 @@ Rules of the house:
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable
 from enum import StrEnum
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NewType, TypeVar, cast
 
 import cbor2
@@ -80,6 +81,7 @@ def encode_plain(plain: Any) -> bytes:
 
 # CBOR's major types (RFC 8949 section 3.1).
 UNSIGNED, BYTES, TEXT, ARRAY = 0, 2, 3, 4
+_HEAD_16, _HEAD_32, _HEAD_64 = (struct.Struct(form).pack for form in (">BH", ">BI", ">BQ"))
 
 
 def item_head(major: int, count: int) -> bytes:
@@ -89,10 +91,14 @@ def item_head(major: int, count: int) -> bytes:
     if count < 1 << 8:
         return bytes((major << 5 | 24, count))
     if count < 1 << 16:
-        return (major << 5 | 25).to_bytes(1, "big") + count.to_bytes(2, "big")
-    if count < 1 << 32:
-        return (major << 5 | 26).to_bytes(1, "big") + count.to_bytes(4, "big")
-    return (major << 5 | 27).to_bytes(1, "big") + count.to_bytes(8, "big")
+        return _HEAD_16(major << 5 | 25, count)
+    return _HEAD_32(major << 5 | 26, count) if count < 1 << 32 else _HEAD_64(major << 5 | 27, count)
+
+
+@lru_cache(maxsize=4096)
+def bytes_head(size_bytes: int) -> bytes:
+    """The first bytes of a byte string; the sizes of a state's values are mostly the same few."""
+    return item_head(BYTES, size_bytes)
 
 
 def _plain(value: Any) -> Any:
@@ -225,20 +231,26 @@ def parse_signed(raw: bytes) -> Signed:
     if not raw.startswith(_SIGNED_HEAD) or len(raw) < len(_SIGNED_HEAD) + 1 + _SIGNATURE_PART_SIZE_BYTES:
         raise DecodeError("signed value: not a COSE_Sign1 with EdDSA")
     payload_part = raw[len(_SIGNED_HEAD) : -_SIGNATURE_PART_SIZE_BYTES]
-    try:
-        payload = cbor2.loads(payload_part, allow_indefinite=False)
-    except (cbor2.CBORError, ValueError, TypeError, OverflowError, MemoryError, RecursionError) as exc:
-        raise DecodeError(f"signed value: not CBOR: {exc}") from exc
-    signature = raw[-SIGNATURE_SIZE_BYTES:]
-    if not isinstance(payload, bytes) or _assemble(payload, signature) != raw:
-        raise DecodeError("signed value: not in deterministic form")
-    return Signed(payload, signature, raw)
+    # A byte string of so many bytes with its head: in the one form that there is, its length follows from that.
+    part_size_bytes = len(payload_part)
+    head_size_bytes = next(width for width, size_max in _BYTES_HEADS if part_size_bytes - width <= size_max)
+    payload = payload_part[head_size_bytes:]
+    is_head = payload_part.startswith(bytes_head(len(payload))) and len(bytes_head(len(payload))) == head_size_bytes
+    if not is_head or not raw.startswith(_SIGNATURE_HEAD, -_SIGNATURE_PART_SIZE_BYTES):
+        raise DecodeError("signed value: its payload or its signature is not a byte string in deterministic form")
+    return Signed(payload, raw[-SIGNATURE_SIZE_BYTES:], raw)
 
 
 def signed_bytes(context: Context, *, network_id: NetworkId, payload: bytes, epoch: int | None = None) -> bytes:
     """The Sig_structure (RFC 9052 section 4.4) that the signature covers."""
+    return _signed_beginning(context, network_id, epoch) + bytes_head(len(payload)) + payload
+
+
+@lru_cache(maxsize=256)
+def _signed_beginning(context: Context, network_id: NetworkId, epoch: int | None) -> bytes:
+    """The Sig_structure up to its payload; kept for each context, which are eleven, and the epochs at hand."""
     aad = cbor2.dumps([context.value, network_id] if epoch is None else [context.value, network_id, epoch])
-    return cbor2.dumps(["Signature1", _PROTECTED, aad, payload])
+    return item_head(ARRAY, 4) + b"".join(map(cbor2.dumps, ("Signature1", _PROTECTED, aad)))
 
 
 def sign_value(sign: Sign, context: Context, *, network_id: NetworkId, payload: bytes, epoch: int | None = None) -> Signed:
@@ -270,8 +282,10 @@ def verify_ed25519(public_key: bytes, message: bytes, signature: bytes) -> bool:
 _SIGNED_HEAD = b"\xd2\x84" + cbor2.dumps(_PROTECTED) + b"\xa0"
 assert cbor2.dumps(cbor2.CBORTag(_COSE_SIGN1_TAG, [_PROTECTED, {}])) == b"\xd2\x82" + _SIGNED_HEAD[2:]
 _SIGNATURE_HEAD = b"\x58\x40"
+# (size of a byte string's head, most bytes that it announces), shortest first (RFC 8949 section 3).
+_BYTES_HEADS = ((1, 23), (2, 0xFF), (3, 0xFFFF), (5, 0xFFFF_FFFF), (9, 1 << 64))
 _SIGNATURE_PART_SIZE_BYTES = len(_SIGNATURE_HEAD) + SIGNATURE_SIZE_BYTES
 
 
 def _assemble(payload: bytes, signature: bytes) -> bytes:
-    return _SIGNED_HEAD + cbor2.dumps(payload) + _SIGNATURE_HEAD + signature
+    return b"".join((_SIGNED_HEAD, bytes_head(len(payload)), payload, _SIGNATURE_HEAD, signature))

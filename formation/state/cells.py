@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from formation.core.codec import ARRAY, BYTES, UNSIGNED, encode, item_head
+from formation.core.codec import ARRAY, UNSIGNED, encode, item_head
 from formation.core.event import (
     Effect,
     ImageHeld,
@@ -25,12 +25,11 @@ from formation.core.ids import PUBLIC_KEY_SIZE_BYTES
 from formation.state.crdt import Elements, Fields, MultiValue, ORSet, ORValue, PNCounter, Settled, Stamp
 from formation.state.judge import Judged, written_fields
 
-# A dump of a cell with one put and nothing else: an array of 11, no owner, not made, not deleted, not placed; then, behind
-# what is charged, no fields, no holders, labels and words, and a value of one write, an array of four; then no tombstones,
-# and no count.
-_VALUE_BEGINNING = encode(["", None, False, None]).replace(b"\x84", item_head(ARRAY, 11), 1)
-_VALUE_MIDDLE = encode([[], None, None, None])[1:] + item_head(ARRAY, 2) + item_head(ARRAY, 1) + item_head(ARRAY, 4)
-_VALUE_END = encode([[], None])[1:]
+# A dump of a cell with a value and nothing else: an array of 11, no owner, not made, not deleted, not placed; then what is
+# charged; no fields, holders, labels and words; the value; and no count.
+_VALUE_BEGINNING = item_head(ARRAY, 11) + encode(["", None, False, None])[1:]
+_VALUE_MIDDLE = encode([[], None, None, None])[1:]
+_VALUE_END = encode([None])[1:]
 
 
 class Cell:
@@ -173,27 +172,12 @@ class Cell:
         ]
 
     def encoded(self) -> bytes:
-        """The deterministic CBOR of `dump`; by hand for a value that was only put, as most of a busy state's cells are."""
-        value = None if self.value is None else self.value.only_put()
-        if value is None or not self._is_value_alone:
-            # Cells of values hold lists and bytes only; other cells may hold maps, whose order must be the canonical one.
+        """The deterministic CBOR of `dump`; by hand for a value and nothing else, as most of a busy state's cells are."""
+        value = self.value.encoded() if self.value is not None and self._is_value_alone else None
+        if value is None:
+            # Other cells may hold maps, whose order must be the canonical one.
             return encode(self.dump())
-        (author, (hlc, tie), content) = value
-        return b"".join(
-            (
-                _VALUE_BEGINNING,
-                item_head(UNSIGNED, self.charged),
-                _VALUE_MIDDLE,
-                item_head(BYTES, len(author)),
-                author,
-                item_head(UNSIGNED, hlc),
-                item_head(BYTES, len(tie)),
-                tie,
-                item_head(BYTES, len(content)),
-                content,
-                _VALUE_END,
-            )
-        )
+        return b"".join((_VALUE_BEGINNING, item_head(UNSIGNED, self.charged), _VALUE_MIDDLE, value, _VALUE_END))
 
     @property
     def _is_value_alone(self) -> bool:

@@ -146,6 +146,9 @@ class State:
         """Values written since the last `cool`, but for those that are dirty."""
         self._dirty: set[Item] = set()
         self._dirty_cells: dict[str, set[str]] = {kind.value: set() for kind in CELL_KINDS}
+        """Written since the last `take_cold`."""
+        self._cooling: dict[str, set[str]] = {kind.value: set() for kind in CELL_KINDS}
+        """Written before that, and not encoded yet."""
         self._buried: dict[tuple[str, str], None] = {}
         """Objects with tombstones."""
         self._overlay = Overlay()
@@ -195,7 +198,7 @@ class State:
 
     def cool(self) -> None:
         """Let go of the cells of values that were not written since the last call, if they are many; all have their items."""
-        values, dirty = self._cells[_VALUE], self._dirty_cells[_VALUE]
+        values, dirty = self._cells[_VALUE], self._dirty_cells[_VALUE] | self._cooling[_VALUE]
         if len(values) > HOT_CELL_COUNT_MAX and sum(cell is not None for cell in values.values()) > HOT_CELL_COUNT_MAX:
             for object_id, cell in values.items():
                 if cell is not None and object_id not in self._warm and object_id not in dirty:
@@ -601,8 +604,8 @@ class State:
     # ── items: state root, snapshots ────────────────────────────────────────────────────────────────────────────
 
     @property
-    def dirty_count(self) -> int:
-        """Cells that `take_dirty` would encode."""
+    def warm_count(self) -> int:
+        """Cells written since the last `take_cold` or `take_dirty`."""
         return sum(map(len, self._dirty_cells.values()))
 
     def take_dirty(self) -> dict[Item, bytes | None]:
@@ -610,19 +613,35 @@ class State:
         items = {item: self._encode(*item) for item in self._dirty}
         self._dirty = set()
         for record, ids in self._dirty_cells.items():
-            name, cells = _CELL[record], self._cells[record]
-            for object_id in ids:
-                cell = cells.get(object_id)
-                items[name, object_id] = None if cell is None else cell.encoded()
-            if record == _VALUE:
-                self._warm |= ids
-            ids.clear()
+            ids |= self._cooling[record]
+            self._encode_cells(record, ids, items)
+            self._dirty_cells[record], self._cooling[record] = set(), set()
         for section in self._sections:
             for identity in section.dirty:
                 value = section.dump(identity)
                 items[section.name, identity] = None if value is None else encode(value)
             section.dirty.clear()
         return items
+
+    def take_cold(self) -> dict[Item, bytes | None]:
+        """As `take_dirty`, but for what was written since the last call of this: it is most likely to be written again.
+
+        So a cell is encoded when it has been left alone from one call to the next, and one that is written at every height
+        once for each checkpoint.
+        """
+        items: dict[Item, bytes | None] = {}
+        for record, ids in self._dirty_cells.items():
+            self._encode_cells(record, self._cooling[record] - ids, items)
+            self._dirty_cells[record], self._cooling[record] = set(), ids
+        return items
+
+    def _encode_cells(self, record: str, ids: set[str], items: dict[Item, bytes | None]) -> None:
+        name, cells = _CELL[record], self._cells[record]
+        for object_id in ids:
+            cell = cells.get(object_id)
+            items[name, object_id] = None if cell is None else cell.encoded()
+        if record == _VALUE:
+            self._warm |= ids
 
     def _encode(self, section: str, identity: str) -> bytes | None:
         value: Any
@@ -675,7 +694,7 @@ class State:
         for part in self._sections:
             part.dirty.clear()
         self._dirty = set()
-        for ids in self._dirty_cells.values():
+        for ids in (*self._dirty_cells.values(), *self._cooling.values()):
             ids.clear()
 
     def _load(self, section: str, identity: str, value: Any) -> None:

@@ -150,7 +150,7 @@ def parse_block(raw: bytes, *, network_id: NetworkId) -> Entry:
     signed = parse_signed(raw)
     block = decode_arrays(signed.payload, Block)
     check_head(block.lane, block.seq, block.prev)
-    if block.hlc not in range(1 << 64):
+    if not 0 <= block.hlc < 1 << 64:
         raise DecodeError("block: hlc out of range")
     if block.hlc < int.from_bytes(lane_incarnation(block.lane)[:8], "big"):
         raise DecodeError("block: older than its lane")
@@ -180,7 +180,7 @@ def check_head(lane: bytes, seq: int, hash_: bytes) -> None:
     Raises:
       DecodeError: a length or number out of bounds.
     """
-    if len(lane) != LANE_ID_SIZE_BYTES or seq not in range(1, SEQ_MAX + 1) or len(hash_) != HASH_SIZE_BYTES:
+    if len(lane) != LANE_ID_SIZE_BYTES or not 0 < seq <= SEQ_MAX or len(hash_) != HASH_SIZE_BYTES:
         raise DecodeError("head: lane, number or hash out of bounds")
 
 

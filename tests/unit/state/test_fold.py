@@ -26,6 +26,7 @@ from formation.core.event import (
 )
 from formation.core.ids import account_id_of, vm_id_of
 from formation.core.spec import Desired
+from formation.state import fold
 from formation.state.accounts import OTHER_OBJECTS
 from formation.state.checkpoint import StateTree
 from formation.state.fold import State
@@ -319,3 +320,36 @@ def test_what_is_certified_between_two_reads_shows_in_the_second(chain: Chain) -
     final = chain.state.final_cell(RecordKind.VALUE, f"{ALICE}/a")
     assert chain.state.cell(RecordKind.VALUE, f"{ALICE}/a") is final
     assert value_of(chain.state, "a") == bytes(3)
+
+
+def test_cells_that_are_written_again_are_encoded_last(chain: Chain) -> None:
+    """What was left alone from one call to the next goes; nothing is lost, whichever way it goes."""
+    whole, parts = Chain(), Chain()
+    first, again, other = puts(keys="abc"), puts(seq=2, keys="b", size_bytes=5), puts(seq=3, keys="d")
+    shown: list[set[str]] = []
+    for ops in (first, again, other, (REVOKE,)):
+        for chain in (whole, parts):
+            chain.height(*([delegate()] if ops is first else []))
+            chain.height(*ops)
+        cold = parts.state.take_cold()
+        parts.tree.update(cold)
+        shown.append({object_id.partition("/")[2] for _, object_id in cold})
+    assert shown == [set(), {"a", "c"}, {"b"}, {"d"}]
+    for chain in (whole, parts):
+        chain.tree.update(chain.state.take_dirty())
+    assert parts.tree.root() == whole.tree.root()
+
+
+def test_no_value_is_let_go_before_it_is_encoded(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cool` keeps what `take_cold` has not given yet."""
+    monkeypatch.setattr(fold, "HOT_CELL_COUNT_MAX", 0)
+    chain.height(delegate())
+    chain.height(*puts())
+    assert chain.state.take_cold() == {}
+    chain.state.cool()
+    chain.state.cool()
+    assert value_of(chain.state, "a") == bytes(1)
+    chain.tree.update(chain.state.take_cold())
+    chain.state.cool()
+    chain.state.cool()
+    assert value_of(chain.state, "a") == bytes(1)
