@@ -10,9 +10,9 @@ Why the overlay may be trusted: cells are joins, so the order in which certified
 the final order gives the same cell. One thing can take a certified class-C operation back: a revocation (of a role, key or
 delegation) of that very actor that the spine ordered before it. Then it is void when final, and the feed says so.
 
-Blocks are folded whole (`apply_block`), for most hold many writes of one writer: the delegation under which it writes is
-looked up for each run of such writes (`_Run`), which any other operation ends, since that may change it. `apply` is the
-same fold for one operation, and what everything but a plain write of a value goes through.
+Blocks are folded whole (`apply_block`), for most hold many writes of values by one writer: the delegation under which it
+writes is looked up for each run of such writes (`_put_values`), which any other operation ends, since that may change it.
+`apply` is the same fold for one operation, and what everything else goes through.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ NO_SUCH_OBJECT = "no such object"
 """What `Accounts.authorise` says last of all: key and delegation were in order."""
 # Expired leases taken away at one height: all of them at any honest load; the rest at the next.
 EXPIRE_COUNT_MAX = 65_536
+# What a value costs beside its bytes.
+VALUE_CHARGE_BYTES = 512
 # Lane, number and index of a node's own write; an intent's dot is its digest.
 DOT_SIZE_BYTES = LANE_ID_SIZE_BYTES + 8 + 4
 CELL_KINDS = (RecordKind.NODE, RecordKind.ACCOUNT, RecordKind.IMAGE, RecordKind.VM, RecordKind.VALUE)
@@ -87,15 +89,6 @@ class Ended:
 
     def __init__(self, seq: int, hash_: bytes, hlc: int) -> None:
         self.seq, self.hash, self.hlc = seq, hash_, hlc
-
-
-class _Run:
-    """What is the same for writes of values in one block by one writer under one delegation."""
-
-    __slots__ = ("account", "author", "prefix", "void")
-
-    def __init__(self, account: str, void: str, prefix: str, author: bytes) -> None:
-        self.account, self.void, self.prefix, self.author = account, void, prefix, author
 
 
 class State:
@@ -270,55 +263,62 @@ class State:
             # What is shown was joined with it in another order, or in spite of a revocation: it is made anew when asked.
             self._shown.pop(key, None)
         verdicts: list[str] = []
-        run: _Run | None = None
-        for at, op in enumerate(ops, start=index):
-            event = op.event
-            if type(event) is ValuePut and op.account and not op.digest and not op.void:
-                if run is None or run.account != op.account:
-                    run = self._run_of(op)
-                self.op_count += 1
-                # Whose value it is has been judged already: its id begins with the account.
-                void = run.void or ("" if op.object_id.startswith(run.prefix) else OTHER_OBJECTS)
-                verdicts.append(void or self._put_value(op, event, run.author))
+        at = 0
+        while at < len(ops):
+            op = ops[at]
+            end = at
+            while end < len(ops) and _is_like_put(ops[end], op):
+                end += 1
+            if end > at:
+                self._put_values(ops[at:end], verdicts)
             else:
-                run = None
-                verdicts.append(self.apply(op, index=at))
+                verdicts.append(self.apply(op, index=index + at))
+            at = max(end, at + 1)
         return verdicts
 
-    def _run_of(self, op: Judged) -> _Run:
-        event = op.event
-        assert event is not None
-        void, prefix = self.accounts.delegated_prefix(op.account, op.node_id, event, self.time_ms)
-        return _Run(op.account, void, prefix, author_of(op))
+    def _put_values(self, ops: Sequence[Judged], verdicts: list[str]) -> None:
+        """`apply` of what is written most: writes of values by one node in one account's name, one after the other.
 
-    def _put_value(self, op: Judged, event: ValuePut, author: bytes) -> str:
-        """`_join` of what is written most, one write of a value, without the questions that have one answer there."""
-        object_id = op.object_id
-        cells = self._cells[_VALUE]
-        cell = cells.get(object_id) or self._find(_VALUE, object_id)
-        size_bytes = _charge_of(event)
-        if cell is None:
-            void = self.quotas.charge(op.account, objects=1, size_bytes=size_bytes)
-            if void:
-                return void
-            cell = cells[object_id] = Cell()
-            cell.charged = size_bytes
-        elif size_bytes > cell.charged:
-            # See `_join`.
-            void = self.quotas.charge(op.account, objects=0, size_bytes=size_bytes - cell.charged)
-            if void:
-                return void
-            cell.charged = size_bytes
-        value = cell.value
-        if value is None:
-            value = cell.value = ORValue()
-        value.put(event.value, op.stamp, author)
-        self._version += 1
-        cell.version = self._version
-        self._dirty_cells[_VALUE].add(object_id)
-        if self._shown:
-            self._shown.pop((_VALUE, object_id), None)
-        return ""
+        What is the same for all of them is looked up once, and what has one answer here is not asked at all.
+        """
+        first = ops[0]
+        assert first.event is not None
+        account = first.account
+        refused, prefix = self.accounts.delegated_prefix(account, first.node_id, first.event, self.time_ms)
+        author = author_of(first)
+        cells, dirty, shown = self._cells[_VALUE], self._dirty_cells[_VALUE], self._shown
+        self.op_count += len(ops)
+        for op in ops:
+            object_id, event = op.object_id, op.event
+            assert type(event) is ValuePut
+            # Whose value it is has been judged already: its id begins with the account.
+            if refused or not object_id.startswith(prefix):
+                verdicts.append(refused or OTHER_OBJECTS)
+                continue
+            content = event.value
+            size_bytes = VALUE_CHARGE_BYTES + len(content)
+            cell = cells.get(object_id) or self._find(_VALUE, object_id)
+            if cell is None or size_bytes > cell.charged:
+                # See `_join`.
+                is_new = cell is None
+                growth = size_bytes if cell is None else size_bytes - cell.charged
+                void = self.quotas.charge(account, objects=int(is_new), size_bytes=growth)
+                if void:
+                    verdicts.append(void)
+                    continue
+                if cell is None:
+                    cell = cells[object_id] = Cell()
+                cell.charged = size_bytes
+            value = cell.value
+            if value is None:
+                value = cell.value = ORValue()
+            value.put(content, op.stamp, author)
+            self._version += 1
+            cell.version = self._version
+            dirty.add(object_id)
+            if shown:
+                shown.pop((_VALUE, object_id), None)
+            verdicts.append("")
 
     def apply(self, op: Judged, *, index: int) -> str:
         """Fold one operation at this height.
@@ -723,8 +723,13 @@ def _charge_of(event: Event) -> int:
     """Bytes that an object costs whoever made it, roughly: cell, indices, and its share of the state's tree."""
     # By the very class: msgspec's classes make isinstance a call into Python.
     if type(event) is ValuePut:
-        return 512 + len(event.value)
+        return VALUE_CHARGE_BYTES + len(event.value)
     return 2048
+
+
+def _is_like_put(op: Judged, first: Judged) -> bool:
+    """Whether it is a write of a value under the delegation under which the first one is."""
+    return type(op.event) is ValuePut and op.account is first.account and op.account != "" and not op.digest and not op.void
 
 
 def _words_size_bytes(event: Event) -> int:

@@ -322,6 +322,18 @@ def test_what_is_certified_between_two_reads_shows_in_the_second(chain: Chain) -
     assert value_of(chain.state, "a") == bytes(3)
 
 
+def test_a_block_that_is_final_before_anybody_reads_was_never_there(chain: Chain) -> None:
+    """Nothing of it is left over the final state."""
+    chain.height(delegate())
+    block = puts()
+    chain.state.certify(b"1" * 32, block)
+    chain.height()
+    chain.state.apply_block(b"1" * 32, block, index=0)
+    final = chain.state.final_cell(RecordKind.VALUE, f"{ALICE}/a")
+    assert final is not None
+    assert chain.state.cell(RecordKind.VALUE, f"{ALICE}/a") is final
+
+
 def test_cells_that_are_written_again_are_encoded_last(chain: Chain) -> None:
     """What was left alone from one call to the next goes; nothing is lost, whichever way it goes."""
     whole, parts = Chain(), Chain()
