@@ -74,6 +74,11 @@ def encode(value: Any) -> bytes:
     return cbor2.dumps(_plain(value), canonical=True)
 
 
+def encode_arrays(value: Any) -> bytes:
+    """As `encode`, in half the time, for a value in which no map has two keys: those are what takes the time."""
+    return cbor2.dumps(_plain(value))
+
+
 def encode_plain(plain: Any) -> bytes:
     """The deterministic CBOR of what a strict decoding gave for a field of type Any: that may be CBOR's own simple values."""
     return cbor2.dumps(plain, canonical=True)

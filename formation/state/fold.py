@@ -287,6 +287,7 @@ class State:
         refused, prefix = self.accounts.delegated_prefix(account, first.node_id, first.event, self.time_ms)
         author = author_of(first)
         cells, dirty, shown = self._cells[_VALUE], self._dirty_cells[_VALUE], self._shown
+        room = self.quotas.room(account)
         self.op_count += len(ops)
         for op in ops:
             object_id, event = op.object_id, op.event
@@ -300,9 +301,8 @@ class State:
             cell = cells.get(object_id) or self._find(_VALUE, object_id)
             if cell is None or size_bytes > cell.charged:
                 # See `_join`.
-                is_new = cell is None
                 growth = size_bytes if cell is None else size_bytes - cell.charged
-                void = self.quotas.charge(account, objects=int(is_new), size_bytes=growth)
+                void = room.charge(objects=int(cell is None), size_bytes=growth)
                 if void:
                     verdicts.append(void)
                     continue
@@ -319,6 +319,7 @@ class State:
             if shown:
                 shown.pop((_VALUE, object_id), None)
             verdicts.append("")
+        room.settle()
 
     def apply(self, op: Judged, *, index: int) -> str:
         """Fold one operation at this height.

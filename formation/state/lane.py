@@ -25,6 +25,7 @@ from formation.core.codec import (
     decode_arrays,
     decode_own,
     encode,
+    encode_arrays,
     encode_plain,
     parse_signed,
     sha256,
@@ -34,7 +35,7 @@ from formation.core.codec import (
 from formation.core.errors import DecodeError
 from formation.core.event import Topic
 from formation.core.ids import PUBLIC_KEY_SIZE_BYTES, NetworkId
-from formation.state.op import OP_SIZE_MAX_BYTES
+from formation.state.op import OP_SIZE_MAX_BYTES, has_no_order
 
 if TYPE_CHECKING:
     from formation.state.judge import Judged
@@ -134,7 +135,8 @@ def lane_incarnation(lane: bytes) -> bytes:
 
 def sign_block(sign: Sign, block: Block, *, network_id: NetworkId) -> Entry:
     """A block of our own, read back from its bytes: what we fold must be what everybody else reads there."""
-    signed = sign_value(sign, Context.BLOCK, network_id=network_id, payload=encode(block))
+    payload = encode_arrays(block) if all(map(has_no_order, block.ops)) else encode(block)
+    signed = sign_value(sign, Context.BLOCK, network_id=network_id, payload=payload)
     # We have just written it in the one form that there is.
     return Entry(convert(decode_own(signed.payload), Block, what="block"), signed, sha256(signed.raw))
 
