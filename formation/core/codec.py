@@ -237,11 +237,14 @@ def parse_signed(raw: bytes) -> Signed:
         raise DecodeError("signed value: not a COSE_Sign1 with EdDSA")
     payload_part = raw[len(_SIGNED_HEAD) : -_SIGNATURE_PART_SIZE_BYTES]
     # A byte string of so many bytes with its head: in the one form that there is, its length follows from that.
-    part_size_bytes = len(payload_part)
-    head_size_bytes = next(width for width, size_max in _BYTES_HEADS if part_size_bytes - width <= size_max)
-    payload = payload_part[head_size_bytes:]
-    is_head = payload_part.startswith(bytes_head(len(payload))) and len(bytes_head(len(payload))) == head_size_bytes
-    if not is_head or not raw.startswith(_SIGNATURE_HEAD, -_SIGNATURE_PART_SIZE_BYTES):
+    size_bytes = len(payload_part)
+    if size_bytes <= 2 + 0xFF:
+        payload = payload_part[1 if size_bytes <= 1 + 23 else 2 :]
+    else:
+        payload = payload_part[3 if size_bytes <= 3 + 0xFFFF else 5 :]
+    head = bytes_head(len(payload))
+    is_whole = len(head) + len(payload) == size_bytes and payload_part.startswith(head)
+    if not is_whole or not raw.startswith(_SIGNATURE_HEAD, -_SIGNATURE_PART_SIZE_BYTES):
         raise DecodeError("signed value: its payload or its signature is not a byte string in deterministic form")
     return Signed(payload, raw[-SIGNATURE_SIZE_BYTES:], raw)
 
@@ -287,8 +290,6 @@ def verify_ed25519(public_key: bytes, message: bytes, signature: bytes) -> bool:
 _SIGNED_HEAD = b"\xd2\x84" + cbor2.dumps(_PROTECTED) + b"\xa0"
 assert cbor2.dumps(cbor2.CBORTag(_COSE_SIGN1_TAG, [_PROTECTED, {}])) == b"\xd2\x82" + _SIGNED_HEAD[2:]
 _SIGNATURE_HEAD = b"\x58\x40"
-# (size of a byte string's head, most bytes that it announces), shortest first (RFC 8949 section 3).
-_BYTES_HEADS = ((1, 23), (2, 0xFF), (3, 0xFFFF), (5, 0xFFFF_FFFF), (9, 1 << 64))
 _SIGNATURE_PART_SIZE_BYTES = len(_SIGNATURE_HEAD) + SIGNATURE_SIZE_BYTES
 
 
