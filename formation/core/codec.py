@@ -14,9 +14,10 @@ Rules of the house:
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable
 from enum import StrEnum
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NewType, TypeVar, cast
 
 import cbor2
@@ -73,9 +74,36 @@ def encode(value: Any) -> bytes:
     return cbor2.dumps(_plain(value), canonical=True)
 
 
+def encode_arrays(value: Any) -> bytes:
+    """As `encode`, in half the time, for a value in which no map has two keys: those are what takes the time."""
+    return cbor2.dumps(_plain(value))
+
+
 def encode_plain(plain: Any) -> bytes:
     """The deterministic CBOR of what a strict decoding gave for a field of type Any: that may be CBOR's own simple values."""
     return cbor2.dumps(plain, canonical=True)
+
+
+# CBOR's major types (RFC 8949 section 3.1).
+UNSIGNED, BYTES, TEXT, ARRAY = 0, 2, 3, 4
+_HEAD_16, _HEAD_32, _HEAD_64 = (struct.Struct(form).pack for form in (">BH", ">BI", ">BQ"))
+
+
+def item_head(major: int, count: int) -> bytes:
+    """The first bytes of an item in shortest form: for the few values that are encoded by hand, because they are so many."""
+    if count < 24:
+        return bytes((major << 5 | count,))
+    if count < 1 << 8:
+        return bytes((major << 5 | 24, count))
+    if count < 1 << 16:
+        return _HEAD_16(major << 5 | 25, count)
+    return _HEAD_32(major << 5 | 26, count) if count < 1 << 32 else _HEAD_64(major << 5 | 27, count)
+
+
+@lru_cache(maxsize=4096)
+def bytes_head(size_bytes: int) -> bytes:
+    """The first bytes of a byte string; the sizes of a state's values are mostly the same few."""
+    return item_head(BYTES, size_bytes)
 
 
 def _plain(value: Any) -> Any:
@@ -208,20 +236,29 @@ def parse_signed(raw: bytes) -> Signed:
     if not raw.startswith(_SIGNED_HEAD) or len(raw) < len(_SIGNED_HEAD) + 1 + _SIGNATURE_PART_SIZE_BYTES:
         raise DecodeError("signed value: not a COSE_Sign1 with EdDSA")
     payload_part = raw[len(_SIGNED_HEAD) : -_SIGNATURE_PART_SIZE_BYTES]
-    try:
-        payload = cbor2.loads(payload_part, allow_indefinite=False)
-    except (cbor2.CBORError, ValueError, TypeError, OverflowError, MemoryError, RecursionError) as exc:
-        raise DecodeError(f"signed value: not CBOR: {exc}") from exc
-    signature = raw[-SIGNATURE_SIZE_BYTES:]
-    if not isinstance(payload, bytes) or _assemble(payload, signature) != raw:
-        raise DecodeError("signed value: not in deterministic form")
-    return Signed(payload, signature, raw)
+    # A byte string of so many bytes with its head: in the one form that there is, its length follows from that.
+    size_bytes = len(payload_part)
+    if size_bytes <= 2 + 0xFF:
+        payload = payload_part[1 if size_bytes <= 1 + 23 else 2 :]
+    else:
+        payload = payload_part[3 if size_bytes <= 3 + 0xFFFF else 5 :]
+    head = bytes_head(len(payload))
+    is_whole = len(head) + len(payload) == size_bytes and payload_part.startswith(head)
+    if not is_whole or not raw.startswith(_SIGNATURE_HEAD, -_SIGNATURE_PART_SIZE_BYTES):
+        raise DecodeError("signed value: its payload or its signature is not a byte string in deterministic form")
+    return Signed(payload, raw[-SIGNATURE_SIZE_BYTES:], raw)
 
 
 def signed_bytes(context: Context, *, network_id: NetworkId, payload: bytes, epoch: int | None = None) -> bytes:
     """The Sig_structure (RFC 9052 section 4.4) that the signature covers."""
+    return _signed_beginning(context, network_id, epoch) + bytes_head(len(payload)) + payload
+
+
+@lru_cache(maxsize=256)
+def _signed_beginning(context: Context, network_id: NetworkId, epoch: int | None) -> bytes:
+    """The Sig_structure up to its payload; kept for each context, which are eleven, and the epochs at hand."""
     aad = cbor2.dumps([context.value, network_id] if epoch is None else [context.value, network_id, epoch])
-    return cbor2.dumps(["Signature1", _PROTECTED, aad, payload])
+    return item_head(ARRAY, 4) + b"".join(map(cbor2.dumps, ("Signature1", _PROTECTED, aad)))
 
 
 def sign_value(sign: Sign, context: Context, *, network_id: NetworkId, payload: bytes, epoch: int | None = None) -> Signed:
@@ -257,4 +294,4 @@ _SIGNATURE_PART_SIZE_BYTES = len(_SIGNATURE_HEAD) + SIGNATURE_SIZE_BYTES
 
 
 def _assemble(payload: bytes, signature: bytes) -> bytes:
-    return _SIGNED_HEAD + cbor2.dumps(payload) + _SIGNATURE_HEAD + signature
+    return b"".join((_SIGNED_HEAD, bytes_head(len(payload)), payload, _SIGNATURE_HEAD, signature))

@@ -57,6 +57,7 @@ INTENT_FINAL_MS_MAX = LIFETIME_MS
 # Accounts active at a time in one cell; decoding base58 takes ten times longer than the look-up.
 _KEY_CACHE_COUNT_MAX = 8_192
 
+OTHER_OBJECTS = "the delegation is for other objects"
 # Enum members are looked up once, not for each operation.
 _ACCOUNT, _ANY, _SELF, _VOTER = Writer.ACCOUNT, Writer.ANY, Writer.SELF, Writer.VOTER
 _RECORD_ACCOUNT, _RECORD_VALUE = RecordKind.ACCOUNT, RecordKind.VALUE
@@ -139,11 +140,11 @@ class Accounts:
             return ""
         if writer is not _ACCOUNT and writer is not _ANY:
             return "not for an account to say"
-        account = self._accounts.get(account_id)
         if actor.is_delegated:
-            void = _void_delegated(account, actor.node_id, event, object_id, now_ms)
+            void, prefix = self.delegated_prefix(account_id, actor.node_id, event, now_ms)
+            void = void or ("" if object_id.startswith(prefix) else OTHER_OBJECTS)
         else:
-            void = _void_key(account, account_id, actor.key, event)
+            void = _void_key(self._accounts.get(account_id), account_id, actor.key, event)
         if void or writer is _ANY:
             return void
         if event.role is not None:
@@ -156,6 +157,22 @@ class Accounts:
         if record is _RECORD_ACCOUNT:
             return "" if object_id == account_id else "an account speaks for itself only"
         return self._void_made(account_id, object_id)
+
+    def delegated_prefix(self, account_id: str, node_id: str, event: Event | type[Event], now_ms: int) -> tuple[str, str]:
+        """Whether an account lets a node write such events, at this time of the spine: the same until an account changes.
+
+        Returns:
+          (empty, or why not; what the id of an object must begin with for it to hold).
+        """
+        account = self._accounts.get(account_id)
+        given = None if account is None else account.delegations.get(node_id)
+        if given is None:
+            return "the account has not delegated anything to this node", ""
+        if now_ms >= given.expires_ms:
+            return "the delegation has ended", ""
+        if not event.is_delegable or event.verb not in given.verbs:
+            return f"{event.verb} is not delegated to this node", ""
+        return "", given.prefix
 
     def apply(self, account_id: str, event: Event, object_id: str, now_ms: int) -> str:
         """Apply what `authorise` allowed, if the event is one of this section; any other is no matter of ours."""
@@ -435,17 +452,6 @@ class Intents:
         self._seen[digest] = expires_ms
         heappush(self._heap, (expires_ms, digest))
         self.dirty.add(digest.hex())
-
-
-def _void_delegated(account: _Account | None, node_id: str, event: Event | type[Event], object_id: str, now_ms: int) -> str:
-    given = None if account is None else account.delegations.get(node_id)
-    if given is None:
-        return "the account has not delegated anything to this node"
-    if now_ms >= given.expires_ms:
-        return "the delegation has ended"
-    if not event.is_delegable or event.verb not in given.verbs:
-        return f"{event.verb} is not delegated to this node"
-    return "" if object_id.startswith(given.prefix) else "the delegation is for other objects"
 
 
 def _void_key(account: _Account | None, account_id: str, key: bytes, event: Event | type[Event]) -> str:

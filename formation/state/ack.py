@@ -100,7 +100,7 @@ def ack_signature_holds(verify: Verify, public_key: bytes, entry: AckEntry, *, n
 class Tally:
     """The newest ack of each voter for one lane, and what it proves about our chain."""
 
-    __slots__ = ("_confirmed", "_confirming", "_heads_raw", "_quorum_size", "extra", "heads")
+    __slots__ = ("_certified_seq", "_confirmed", "_confirming", "_heads_raw", "_quorum_size", "extra", "heads")
 
     def __init__(self, *, voter_count: int, quorum_size: int) -> None:
         self._quorum_size = quorum_size
@@ -110,6 +110,7 @@ class Tally:
         """(voter, block hash) → raw ack that is not the voter's newest: of a voter that acknowledged two branches."""
         self._confirmed = [0] * voter_count
         self._confirming = [b""] * voter_count
+        self._certified_seq = 0
 
     def is_newer(self, voter: int, seq: int) -> bool:
         """Whether an ack of this number would be the voter's newest."""
@@ -125,6 +126,7 @@ class Tally:
         """The voter acknowledged our chain up to this number, by its newest ack or by the older one given."""
         if seq > self._confirmed[voter]:
             self._confirmed[voter] = seq
+            self._certified_seq = sorted(self._confirmed, reverse=True)[self._quorum_size - 1]
             self._confirming[voter] = self._heads_raw[voter] if raw is None else raw
 
     def is_confirmed(self, voter: int, seq: int) -> bool:
@@ -142,10 +144,11 @@ class Tally:
     def reset_confirmed(self, seq: int) -> None:
         """Forget what was confirmed above this number (our chain above it was replaced)."""
         self._confirmed = [min(c, seq) for c in self._confirmed]
+        self._certified_seq = min(seq, self._certified_seq)
 
     def certified_seq(self) -> int:
         """The highest number that a quorum acknowledged on our chain."""
-        return sorted(self._confirmed, reverse=True)[self._quorum_size - 1]
+        return self._certified_seq
 
     def has_quorum(self, count: int) -> bool:
         """Whether so many voters make a certificate."""

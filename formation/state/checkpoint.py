@@ -37,11 +37,12 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import msgspec
 
-from formation.core.codec import HASH_SIZE_BYTES, Hash, decode
+from formation.core.codec import ARRAY, BYTES, HASH_SIZE_BYTES, TEXT, Hash, decode, item_head
 from formation.core.errors import DecodeError
 
 BUCKET_COUNT = 4096
@@ -65,9 +66,10 @@ SNAPSHOT_HEAD_SIZE_MAX_BYTES = 1024 * 1024
 CHECKPOINT_OP_COUNT = 50_000
 CHECKPOINT_INTERVAL_MS = 60_000
 
+# Items of which the beginning and the bucket are kept at hand, 300 bytes each: what is written again between two checkpoints.
+PLACE_CACHE_COUNT_MAX = 16_384
+
 _LEAF, _NODE, _PIECE = b"\x00", b"\x01", b"\x02"
-_ARRAY, _TEXT, _BYTES = 4, 3, 2
-"""CBOR major types."""
 
 Key = tuple[str, str]
 """(section, id)."""
@@ -194,9 +196,8 @@ class StateTree:
         """
         pending = self._pending
         for (section, object_id), value in changed.items():
-            key = _key_bytes(section, object_id)
-            number = _number_of(key)
-            item = b"" if value is None else key + _head(_BYTES, len(value)) + value
+            key, number = _place_of(section, object_id)
+            item = b"" if value is None else key + item_head(BYTES, len(value)) + value
             bucket = pending.get(number)
             if bucket is None:
                 pending[number] = {key: item}
@@ -214,7 +215,7 @@ class StateTree:
         is_placed = all(_number_of(key) == number for key in keys) and (keys or not content)
         if not is_placed or any(one >= other for one, other in pairwise(keys)):
             raise DecodeError(f"bucket {number}: an item out of its place")
-        items = [key + _head(_BYTES, len(item.value)) + item.value for key, item in zip(keys, values, strict=True)]
+        items = [key + item_head(BYTES, len(item.value)) + item.value for key, item in zip(keys, values, strict=True)]
         self._merge()
         self._replace(number, items)
 
@@ -596,28 +597,23 @@ def _cut(items: Sequence[bytes]) -> list[list[bytes]]:
 # ── encoding: by hand where it is done for every item ───────────────────────────────────────────────────────────────
 
 
-def _head(major: int, count: int) -> bytes:
-    """The first bytes of a CBOR item (RFC 8949 section 3), shortest form."""
-    if count < 24:
-        return bytes((major << 5 | count,))
-    if count < 1 << 8:
-        return bytes((major << 5 | 24, count))
-    if count < 1 << 16:
-        return bytes((major << 5 | 25,)) + count.to_bytes(2, "big")
-    assert count < 1 << 32
-    return bytes((major << 5 | 26,)) + count.to_bytes(4, "big")
-
-
 def _bytes_of(encoded: bytes) -> bytes:
-    """What an encoded byte string of ours holds: the inverse of `_head(_BYTES, …)` and content."""
+    """What an encoded byte string of ours holds: the inverse of `item_head(BYTES, …)` and content."""
     width = {24: 2, 25: 3, 26: 5}.get(encoded[0] & 0x1F, 1)
     return encoded[width:]
+
+
+@lru_cache(maxsize=PLACE_CACHE_COUNT_MAX)
+def _place_of(section: str, object_id: str) -> tuple[bytes, int]:
+    """How the item's encoding begins, and its bucket."""
+    key = _key_bytes(section, object_id)
+    return key, _number_of(key)
 
 
 def _key_bytes(section: str, object_id: str) -> bytes:
     """How the encoding of an item with this key begins."""
     one, other = section.encode(), object_id.encode()
-    return b"".join((_head(_ARRAY, 3), _head(_TEXT, len(one)), one, _head(_TEXT, len(other)), other))
+    return b"".join((item_head(ARRAY, 3), item_head(TEXT, len(one)), one, item_head(TEXT, len(other)), other))
 
 
 def _piece_keys(piece: bytes) -> list[bytes]:
@@ -625,17 +621,17 @@ def _piece_keys(piece: bytes) -> list[bytes]:
 
 
 def _item_bytes(item: Item) -> bytes:
-    return _key_bytes(item.section, item.id) + _head(_BYTES, len(item.value)) + item.value
+    return _key_bytes(item.section, item.id) + item_head(BYTES, len(item.value)) + item.value
 
 
 def _number_of(key: bytes) -> int:
-    digest = hashlib.sha256(_head(_ARRAY, 2) + key[1:]).digest()
+    digest = hashlib.sha256(item_head(ARRAY, 2) + key[1:]).digest()
     return digest[0] << 4 | digest[1] >> 4
 
 
 def _array(items: Sequence[bytes]) -> bytes:
     """A CBOR array of encoded items; no bytes for none."""
-    return b"".join((_head(_ARRAY, len(items)), *items)) if items else b""
+    return b"".join((item_head(ARRAY, len(items)), *items)) if items else b""
 
 
 def _piece_hash(piece: bytes) -> bytes:

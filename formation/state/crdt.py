@@ -33,6 +33,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from formation.core.codec import ARRAY, UNSIGNED, bytes_head, encode, item_head
+
 Stamp = tuple[int, bytes]
 """(hlc, tie); compares as the order of writes."""
 
@@ -40,6 +42,8 @@ Settled = Callable[[bytes, int], bool]
 """(dot, mark of its newest removal) -> whether neither it nor anything older of its author can still arrive."""
 
 _SEQ_SIZE_BYTES = 8
+_PAIR, _WRITE, _NOTHING = item_head(ARRAY, 2), item_head(ARRAY, 4), encode(None)
+"""How an observed-remove cell's parts begin when they are encoded by hand: see `ORValue.encoded`."""
 INDEX_SIZE_BYTES = 4
 # A removal leaves elements × dots pairs behind; 64 × 64 of each would turn 12 KB of operation into 0.8 MB of tombstones.
 # 256 pairs, at most 48 KB, stay below what one operation may hold anyway.
@@ -292,11 +296,30 @@ class ORValue(_Writes):
 
     def put(self, value: Any, stamp: Stamp, author: bytes) -> None:
         """Join one put; its dot is the stamp's tie."""
-        self._join(value, stamp, author)
+        # `_join`, without a call: the fold's hottest line.
+        held = self._newest.get(author)
+        if held is None or held[0] < stamp:
+            self._newest[author] = (stamp, None if stamp[1] in self._removed else value)
 
     def remove(self, seen: Iterable[bytes], mark: int = 0) -> None:
         """Join one removal of the puts that it names; a put that it did not see stays (add wins)."""
         self._hide((dot, mark) for dot in seen)
+
+    def encoded(self) -> bytes | None:
+        """The deterministic CBOR of `dump`, four times as fast as by the encoder; None where a value is not bytes."""
+        parts = [_PAIR, item_head(ARRAY, len(self._newest))]
+        for author, ((hlc, tie), value) in sorted(self._newest.items(), key=_first):
+            parts += (_WRITE, bytes_head(len(author)), author, item_head(UNSIGNED, hlc), bytes_head(len(tie)), tie)
+            if value is None:
+                parts.append(_NOTHING)
+            elif type(value) is bytes:
+                parts += (bytes_head(len(value)), value)
+            else:
+                return None
+        parts.append(item_head(ARRAY, len(self._removed)))
+        for dot, mark in sorted(self._removed.items()):
+            parts += (_PAIR, bytes_head(len(dot)), dot, item_head(UNSIGNED, mark))
+        return b"".join(parts)
 
     @property
     def is_present(self) -> bool:

@@ -9,14 +9,18 @@ operation is decoded once, judged once and folded once, whoever reads in between
 Why the overlay may be trusted: cells are joins, so the order in which certified operations arrived does not matter, and
 the final order gives the same cell. One thing can take a certified class-C operation back: a revocation (of a role, key or
 delegation) of that very actor that the spine ordered before it. Then it is void when final, and the feed says so.
+
+Blocks are folded whole (`apply_block`), for most hold many writes of values by one writer: the delegation under which it
+writes is looked up for each run of such writes (`_put_values`), which any other operation ends, since that may change it.
+`apply` is the same fold for one operation, and what everything else goes through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from formation.core.codec import HASH_SIZE_BYTES, decode, decode_own, encode, encode_plain
+from formation.core.codec import HASH_SIZE_BYTES, decode, decode_own, encode
 from formation.core.errors import DecodeError, UsageError
 from formation.core.event import (
     AccountEvent,
@@ -44,12 +48,14 @@ from formation.core.event import (
 )
 from formation.core.ids import public_key_of_account, public_key_of_node
 from formation.core.intent import LIFETIME_MS
-from formation.state.accounts import Accounts, Actor, Intents
-from formation.state.cells import Cell
+from formation.state.accounts import OTHER_OBJECTS, Accounts, Actor, Intents
+from formation.state.cells import Cell, author_of
 from formation.state.claims import SPACES, Claims, Lease
+from formation.state.crdt import ORValue
 from formation.state.judge import Judged
 from formation.state.lane import INCARNATION_SIZE_BYTES, LANE_ID_SIZE_BYTES, LaneId, lane_incarnation, lane_key
 from formation.state.membership import CommitteeState
+from formation.state.overlay import Overlay
 from formation.state.quota import Quotas
 
 PLACEMENT = "placement"
@@ -57,6 +63,8 @@ NO_SUCH_OBJECT = "no such object"
 """What `Accounts.authorise` says last of all: key and delegation were in order."""
 # Expired leases taken away at one height: all of them at any honest load; the rest at the next.
 EXPIRE_COUNT_MAX = 65_536
+# What a value costs beside its bytes.
+VALUE_CHARGE_BYTES = 512
 # Lane, number and index of a node's own write; an intent's dot is its digest.
 DOT_SIZE_BYTES = LANE_ID_SIZE_BYTES + 8 + 4
 CELL_KINDS = (RecordKind.NODE, RecordKind.ACCOUNT, RecordKind.IMAGE, RecordKind.VM, RecordKind.VALUE)
@@ -128,14 +136,17 @@ class State:
         self._cells: dict[str, dict[str, Cell | None]] = {kind.value: {} for kind in CELL_KINDS}
         """None: the object is there, and cold: its cell is made again of its item when somebody asks."""
         self._warm: set[str] = set()
-        """Values written since the last `cool`."""
+        """Values written since the last `cool`, but for those that are dirty."""
         self._dirty: set[Item] = set()
         self._dirty_cells: dict[str, set[str]] = {kind.value: set() for kind in CELL_KINDS}
+        """Written since the last `take_cold`."""
+        self._cooling: dict[str, set[str]] = {kind.value: set() for kind in CELL_KINDS}
+        """Written before that, and not encoded yet."""
         self._buried: dict[tuple[str, str], None] = {}
         """Objects with tombstones."""
-        self._waiting: dict[tuple[str, str], list[Judged]] = {}
-        """Certified operations that are not final, per object, in the order in which they were certified."""
-        self._shown: dict[tuple[str, str], Cell] = {}
+        self._overlay = Overlay()
+        self._shown: dict[tuple[str, str], tuple[Cell, int]] = {}
+        """(cell, how many of the overlay's operations about it are joined to it) of objects that somebody looked at."""
         self._version = 0
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,18 +158,19 @@ class State:
     def cell(self, record: RecordKind, object_id: str, extra: Iterable[Judged] = ()) -> Cell | None:
         """One object as it is certified; with `extra`, joined to observed operations as well."""
         key = (record.value, object_id)
-        waiting = self._waiting.get(key)
+        waiting = self._overlay.of(key)
         more = tuple(extra)
         final = self._find(record.value, object_id)
         if not waiting and not more:
             return final
-        shown = self._shown.get(key)
-        if shown is None and waiting:
-            shown = Cell() if final is None else final.copy()
-            for op in waiting:
+        shown, joined_count = self._shown.get(key, (None, 0))
+        if len(waiting) > joined_count:
+            if shown is None:
+                shown = Cell() if final is None else final.copy()
+            for op in waiting[joined_count:]:
                 self._preview(shown, op)
             self._number(shown)
-            self._shown[key] = shown
+            self._shown[key] = shown, len(waiting)
         if more:
             base = shown if shown is not None else final
             shown = Cell() if base is None else base.copy()
@@ -179,17 +191,17 @@ class State:
 
     def cool(self) -> None:
         """Let go of the cells of values that were not written since the last call, if they are many; all have their items."""
-        values = self._cells[_VALUE]
+        values, dirty = self._cells[_VALUE], self._dirty_cells[_VALUE] | self._cooling[_VALUE]
         if len(values) > HOT_CELL_COUNT_MAX and sum(cell is not None for cell in values.values()) > HOT_CELL_COUNT_MAX:
             for object_id, cell in values.items():
-                if cell is not None and object_id not in self._warm:
+                if cell is not None and object_id not in self._warm and object_id not in dirty:
                     values[object_id] = None
         self._warm = set()
 
     def object_ids(self, record: RecordKind) -> set[str]:
         """Ids of all objects of a kind, certified ones included."""
         name = record.value
-        return set(self._cells[name]) | {object_id for kind, object_id in self._waiting if kind == name}
+        return set(self._cells[name]) | self._overlay.ids(name)
 
     def placement(self, vm_id: str) -> Lease | None:
         """The live lease of a VM's placement, by the spine's time."""
@@ -197,21 +209,9 @@ class State:
 
     # ── the overlay ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def certify(self, op: Judged) -> None:
-        """A class-C operation was certified."""
-        event = op.event
-        if op.void or event is None or op.is_ordered or event.effect is _NOTE:
-            return
-        key = (event.record_key, op.object_id)
-        waiting = self._waiting.get(key)
-        if waiting is None:
-            self._waiting[key] = [op]
-        else:
-            waiting.append(op)
-        shown = self._shown.get(key)
-        if shown is not None:
-            self._preview(shown, op)
-            self._number(shown)
+    def certify(self, block_hash: bytes, ops: Sequence[Judged]) -> None:
+        """A block was certified: what is of class C in it shows from now on."""
+        self._overlay.add(block_hash, ops)
 
     def _preview(self, cell: Cell, op: Judged) -> None:
         if not self.void_reason(op, owner=cell.owner):
@@ -250,6 +250,77 @@ class State:
             return ""
         return void
 
+    def apply_block(self, block_hash: bytes, ops: Sequence[Judged], *, index: int) -> list[str]:
+        """Fold a block's operations at this height; what of them was certified leaves the overlay.
+
+        Args:
+          index: of the first one inside the height; the others follow.
+
+        Returns:
+          For each one empty, or why it is void.
+        """
+        for key in self._overlay.remove(block_hash, ops):
+            # What is shown was joined with it in another order, or in spite of a revocation: it is made anew when asked.
+            self._shown.pop(key, None)
+        verdicts: list[str] = []
+        at = 0
+        while at < len(ops):
+            op = ops[at]
+            end = at
+            while end < len(ops) and _is_like_put(ops[end], op):
+                end += 1
+            if end > at:
+                self._put_values(ops[at:end], verdicts)
+            else:
+                verdicts.append(self.apply(op, index=index + at))
+            at = max(end, at + 1)
+        return verdicts
+
+    def _put_values(self, ops: Sequence[Judged], verdicts: list[str]) -> None:
+        """`apply` of what is written most: writes of values by one node in one account's name, one after the other.
+
+        What is the same for all of them is looked up once, and what has one answer here is not asked at all.
+        """
+        first = ops[0]
+        assert first.event is not None
+        account = first.account
+        refused, prefix = self.accounts.delegated_prefix(account, first.node_id, first.event, self.time_ms)
+        author = author_of(first)
+        cells, dirty, shown = self._cells[_VALUE], self._dirty_cells[_VALUE], self._shown
+        room = self.quotas.room(account)
+        self.op_count += len(ops)
+        for op in ops:
+            object_id, event = op.object_id, op.event
+            assert type(event) is ValuePut
+            # Whose value it is has been judged already: its id begins with the account.
+            if refused or not object_id.startswith(prefix):
+                verdicts.append(refused or OTHER_OBJECTS)
+                continue
+            content = event.value
+            size_bytes = VALUE_CHARGE_BYTES + len(content)
+            cell = cells.get(object_id) or self._find(_VALUE, object_id)
+            if cell is None or size_bytes > cell.charged:
+                # See `_join`.
+                growth = size_bytes if cell is None else size_bytes - cell.charged
+                void = room.charge(objects=int(cell is None), size_bytes=growth)
+                if void:
+                    verdicts.append(void)
+                    continue
+                if cell is None:
+                    cell = cells[object_id] = Cell()
+                cell.charged = size_bytes
+            value = cell.value
+            if value is None:
+                value = cell.value = ORValue()
+            value.put(content, op.stamp, author)
+            self._version += 1
+            cell.version = self._version
+            dirty.add(object_id)
+            if shown:
+                shown.pop((_VALUE, object_id), None)
+            verdicts.append("")
+        room.settle()
+
     def apply(self, op: Judged, *, index: int) -> str:
         """Fold one operation at this height.
 
@@ -257,9 +328,6 @@ class State:
           Empty, or why it is void.
         """
         self.op_count += 1
-        event = op.event
-        if event is not None and not op.is_ordered:
-            self._unwait(op)
         void = self.void_reason(op)
         if not void and op.digest:
             void = self.intents.check(op.digest, op.expires_ms, self._intent_ms)
@@ -272,26 +340,11 @@ class State:
     def _act(self, op: Judged, index: int) -> str:
         event = op.event
         assert event is not None
-        if isinstance(event, VmGone):
-            return self._forget_vm(op)
         if event.effect is _NOTE:
-            return ""
+            return self._forget_vm(op) if isinstance(event, VmGone) else ""
         if op.is_ordered:
             return self._apply_ordered(op, (self.height, index))
         return self._join(op)
-
-    def _unwait(self, op: Judged) -> None:
-        assert op.event is not None
-        key = (op.event.record_key, op.object_id)
-        waiting = self._waiting.get(key)
-        at = -1 if waiting is None else next((i for i, other in enumerate(waiting) if other is op), -1)
-        if waiting is not None and at >= 0:
-            if len(waiting) == 1:
-                del self._waiting[key]
-            else:
-                del waiting[at]
-            # What is shown was joined with it in another order, or in spite of a revocation: it is made anew when asked.
-            self._shown.pop(key, None)
 
     def _join(self, op: Judged) -> str:
         event = op.event
@@ -342,8 +395,6 @@ class State:
     def _touch(self, record: str, object_id: str, cell: Cell) -> None:
         self._number(cell)
         self._dirty_cells[record].add(object_id)
-        if record == _VALUE:
-            self._warm.add(object_id)
         if self._shown:
             self._shown.pop((record, object_id), None)
 
@@ -554,8 +605,8 @@ class State:
     # ── items: state root, snapshots ────────────────────────────────────────────────────────────────────────────
 
     @property
-    def dirty_count(self) -> int:
-        """Cells that `take_dirty` would encode."""
+    def warm_count(self) -> int:
+        """Cells written since the last `take_cold` or `take_dirty`."""
         return sum(map(len, self._dirty_cells.values()))
 
     def take_dirty(self) -> dict[Item, bytes | None]:
@@ -563,19 +614,35 @@ class State:
         items = {item: self._encode(*item) for item in self._dirty}
         self._dirty = set()
         for record, ids in self._dirty_cells.items():
-            name, cells = _CELL[record], self._cells[record]
-            for object_id in ids:
-                cell = cells.get(object_id)
-                # Values hold lists and bytes only; other cells may hold maps, whose order must be the canonical one.
-                encode_cell = encode_plain if record == _VALUE else encode
-                items[name, object_id] = None if cell is None else encode_cell(cell.dump())
-            ids.clear()
+            ids |= self._cooling[record]
+            self._encode_cells(record, ids, items)
+            self._dirty_cells[record], self._cooling[record] = set(), set()
         for section in self._sections:
             for identity in section.dirty:
                 value = section.dump(identity)
                 items[section.name, identity] = None if value is None else encode(value)
             section.dirty.clear()
         return items
+
+    def take_cold(self) -> dict[Item, bytes | None]:
+        """As `take_dirty`, but for what was written since the last call of this: it is most likely to be written again.
+
+        So a cell is encoded when it has been left alone from one call to the next, and one that is written at every height
+        once for each checkpoint.
+        """
+        items: dict[Item, bytes | None] = {}
+        for record, ids in self._dirty_cells.items():
+            self._encode_cells(record, self._cooling[record] - ids, items)
+            self._dirty_cells[record], self._cooling[record] = set(), ids
+        return items
+
+    def _encode_cells(self, record: str, ids: set[str], items: dict[Item, bytes | None]) -> None:
+        name, cells = _CELL[record], self._cells[record]
+        for object_id in ids:
+            cell = cells.get(object_id)
+            items[name, object_id] = None if cell is None else cell.encoded()
+        if record == _VALUE:
+            self._warm |= ids
 
     def _encode(self, section: str, identity: str) -> bytes | None:
         value: Any
@@ -628,7 +695,7 @@ class State:
         for part in self._sections:
             part.dirty.clear()
         self._dirty = set()
-        for ids in self._dirty_cells.values():
+        for ids in (*self._dirty_cells.values(), *self._cooling.values()):
             ids.clear()
 
     def _load(self, section: str, identity: str, value: Any) -> None:
@@ -655,9 +722,15 @@ ADMITTED_COUNT_MAX = 1024
 
 def _charge_of(event: Event) -> int:
     """Bytes that an object costs whoever made it, roughly: cell, indices, and its share of the state's tree."""
-    if isinstance(event, ValuePut):
-        return 512 + len(event.value)
+    # By the very class: msgspec's classes make isinstance a call into Python.
+    if type(event) is ValuePut:
+        return VALUE_CHARGE_BYTES + len(event.value)
     return 2048
+
+
+def _is_like_put(op: Judged, first: Judged) -> bool:
+    """Whether it is a write of a value under the delegation under which the first one is."""
+    return type(op.event) is ValuePut and op.account is first.account and op.account != "" and not op.digest and not op.void
 
 
 def _words_size_bytes(event: Event) -> int:

@@ -3,6 +3,11 @@
 Rules: (1) judging looks at an operation and the block that carries it, never at a clock or at other operations, so every
 replica judges alike, whenever it looks; (2) what depends on others (roles, keys in force, leases) is asked later, in the
 spine's order, by the fold; (3) a void operation has no effect and says why; its block stands.
+
+Why a block is judged as a whole. Most blocks are of one kind of line: one verb, one writer, no intent. Their bodies are
+converted in one call, and what is the same for all of them (rule, account, beginning of the object ids) is looked up once:
+1.0 µs an operation instead of 1.9. Whatever is not exactly so goes the long way, operation by operation (`_judge`), which
+alone says what is void and why; so there is one rule, and the short way only knows where it holds.
 """
 
 from __future__ import annotations
@@ -34,11 +39,22 @@ from formation.core.event import (
     event_fields,
     parse_event,
 )
-from formation.core.ids import AccountId, NetworkId, account_id_of, check_digest, is_vm_id, node_id_of, trace_id_of, vm_id_of
+from formation.core.ids import (
+    PUBLIC_KEY_SIZE_BYTES,
+    AccountId,
+    NetworkId,
+    account_id_of,
+    check_digest,
+    is_vm_id,
+    node_id_of,
+    trace_id_of,
+    vm_id_of,
+)
 from formation.core.intent import SignedIntent, intent_signature_holds, is_timely, parse_intent
 from formation.core.spec import Resources, VmSpec, VmStatus, check_vm_spec
 from formation.state.crdt import INDEX_SIZE_BYTES, REMOVE_PAIR_COUNT_MAX, Stamp, stamp_of
-from formation.state.lane import Block, Entry, lane_key
+from formation.state.lane import BLOCK_OP_COUNT_MAX, Block, Entry, lane_key
+from formation.state.op import FIELD_COUNT as OP_FIELD_COUNT
 from formation.state.op import check_plain
 
 # A retried intent comes within its lifetime of 10 minutes; at 10 a second that is 6,000.
@@ -48,6 +64,8 @@ ACCOUNT_CACHE_COUNT_MAX = 16_384
 # More of anything is not a machine; also keeps sums inside 64 bits.
 RESOURCE_MAX = 1 << 40
 OBJECT_ID_LENGTH_MAX = 256
+_INDEX_BYTES = tuple(index.to_bytes(INDEX_SIZE_BYTES, "big") for index in range(BLOCK_OP_COUNT_MAX))
+"""How a stamp's tie ends."""
 VALUE_KEY_LENGTH_MAX = 128
 _STATUS_FIELDS = frozenset(VmStatus.__struct_fields__)
 
@@ -126,10 +144,22 @@ class Judged(msgspec.Struct, frozen=True, gc=False):
 class _Rule:
     """What judging needs of a verb, looked up once."""
 
-    __slots__ = ("cls", "has_defaults", "is_delegable", "is_mine", "is_ordered", "is_value", "keys", "op_class", "topic")
+    __slots__ = (
+        "cls",
+        "has_defaults",
+        "is_delegable",
+        "is_mine",
+        "is_ordered",
+        "is_value",
+        "keys",
+        "list_type",
+        "op_class",
+        "topic",
+    )
 
     def __init__(self, cls: type[Event]) -> None:
         self.cls = cls
+        self.list_type: Any = list[cls]  # type: ignore[valid-type] # made at run time: mypy sees no type in it
         self.has_defaults = has_defaults(cls)
         self.keys = tuple(sorted(cls.__struct_fields__, key=lambda name: (len(name), name)))
         """As deterministic CBOR orders them: shorter ones first. Which of them may be left out, `convert` knows."""
@@ -189,8 +219,58 @@ def judge_block(entry: Entry, intent_holds: Callable[[SignedIntent], bool]) -> t
         node_id = _node_of(lane_key(block.lane))
         # The stamp of a node's own operation (`crdt.stamp_of`), but for the index.
         tie = stamp_of(block.hlc, block.lane, block.seq, 0)[1][:-INDEX_SIZE_BYTES]
-        entry.judged = tuple([_judge(block, plain, index, node_id, tie, intent_holds) for index, plain in enumerate(block.ops)])
+        entry.judged = _judge_values(block, node_id, tie) or tuple(
+            [_judge(block, plain, index, node_id, tie, intent_holds) for index, plain in enumerate(block.ops)]
+        )
     return entry.judged
+
+
+def _judge_values(block: Block, node_id: str, tie: bytes) -> tuple[Judged, ...]:
+    """The operations of a block whose author says one thing of many values of one account, if none is void; else nothing."""
+    ops = block.ops
+    # A peer's bytes: nothing about them is known but that they are plain CBOR values.
+    first = ops[0]
+    if type(first) is not list or len(first) != OP_FIELD_COUNT or type(first[1]) is not str:
+        return ()
+    _, verb, _, _, account_key, _ = first
+    rule = _RULES.get(verb)
+    if rule is None or not rule.is_value or rule.has_defaults or rule.topic != block.kind or not rule.is_delegable:
+        return ()
+    if type(account_key) is not bytes or len(account_key) != PUBLIC_KEY_SIZE_BYTES:
+        return ()
+    account = account_of(account_key)
+    op_class, keys, is_ordered, hlc = rule.op_class, rule.keys, rule.is_ordered, block.hlc
+    beginning = account + "/"
+    length_min, length_max = len(beginning) + 1, len(beginning) + VALUE_KEY_LENGTH_MAX
+    bodies = []
+    for plain in ops:
+        if type(plain) is not list or len(plain) != OP_FIELD_COUNT:
+            return ()
+        said_class, said_verb, object_id, body, said_key, intent = plain
+        if (
+            said_class != op_class
+            or said_verb != verb
+            or type(object_id) is not str
+            or type(body) is not dict
+            or tuple(body) != keys
+            or said_key != account_key
+            or intent is not None
+            or not object_id.startswith(beginning)
+            or not length_min <= len(object_id) <= length_max
+            or not object_id.isprintable()
+        ):
+            return ()
+        bodies.append(body)
+    try:
+        events = msgspec.convert(bodies, rule.list_type, builtin_types=NATIVE)
+    except msgspec.ValidationError:
+        return ()
+    return tuple(
+        [
+            Judged(block, index, node_id, verb, plain[2], event, account, b"", b"", 0, (hlc, tie + end), is_ordered, "")
+            for index, plain, event, end in zip(range(len(ops)), ops, events, _INDEX_BYTES, strict=False)
+        ]
+    )
 
 
 def _judge(

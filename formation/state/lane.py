@@ -20,9 +20,12 @@ from formation.core.codec import (
     Sign,
     Signed,
     Verify,
+    convert,
     decode,
     decode_arrays,
+    decode_own,
     encode,
+    encode_arrays,
     encode_plain,
     parse_signed,
     sha256,
@@ -32,7 +35,7 @@ from formation.core.codec import (
 from formation.core.errors import DecodeError
 from formation.core.event import Topic
 from formation.core.ids import PUBLIC_KEY_SIZE_BYTES, NetworkId
-from formation.state.op import OP_SIZE_MAX_BYTES
+from formation.state.op import OP_SIZE_MAX_BYTES, has_no_order
 
 if TYPE_CHECKING:
     from formation.state.judge import Judged
@@ -132,8 +135,10 @@ def lane_incarnation(lane: bytes) -> bytes:
 
 def sign_block(sign: Sign, block: Block, *, network_id: NetworkId) -> Entry:
     """A block of our own, read back from its bytes: what we fold must be what everybody else reads there."""
-    signed = sign_value(sign, Context.BLOCK, network_id=network_id, payload=encode(block))
-    return Entry(decode_arrays(signed.payload, Block), signed, sha256(signed.raw))
+    payload = encode_arrays(block) if all(map(has_no_order, block.ops)) else encode(block)
+    signed = sign_value(sign, Context.BLOCK, network_id=network_id, payload=payload)
+    # We have just written it in the one form that there is.
+    return Entry(convert(decode_own(signed.payload), Block, what="block"), signed, sha256(signed.raw))
 
 
 def parse_block(raw: bytes, *, network_id: NetworkId) -> Entry:
@@ -147,7 +152,7 @@ def parse_block(raw: bytes, *, network_id: NetworkId) -> Entry:
     signed = parse_signed(raw)
     block = decode_arrays(signed.payload, Block)
     check_head(block.lane, block.seq, block.prev)
-    if block.hlc not in range(1 << 64):
+    if not 0 <= block.hlc < 1 << 64:
         raise DecodeError("block: hlc out of range")
     if block.hlc < int.from_bytes(lane_incarnation(block.lane)[:8], "big"):
         raise DecodeError("block: older than its lane")
@@ -177,7 +182,7 @@ def check_head(lane: bytes, seq: int, hash_: bytes) -> None:
     Raises:
       DecodeError: a length or number out of bounds.
     """
-    if len(lane) != LANE_ID_SIZE_BYTES or seq not in range(1, SEQ_MAX + 1) or len(hash_) != HASH_SIZE_BYTES:
+    if len(lane) != LANE_ID_SIZE_BYTES or not 0 < seq <= SEQ_MAX or len(hash_) != HASH_SIZE_BYTES:
         raise DecodeError("head: lane, number or hash out of bounds")
 
 

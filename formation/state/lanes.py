@@ -56,7 +56,7 @@ from formation.state.op import PlainOp
 from formation.state.sync import FrontierIndex, FrontierRow, Range
 
 # Kinds of blocks that may hold class-O operations.
-_ORDERED_KINDS = frozenset(cls.topic.value for cls in EVENT_TYPES if cls.op_class is OpClass.ORDERED)
+ORDERED_KINDS = frozenset(cls.topic.value for cls in EVENT_TYPES if cls.op_class is OpClass.ORDERED)
 # A fast honest clock is delayed by what it is fast beyond this, never refused (design/state section 3, rule 1).
 AHEAD_MS_MAX = 500
 # Incarnations of one key that are open at once. The spine closes those left behind within seconds of its next height, and
@@ -64,6 +64,9 @@ AHEAD_MS_MAX = 500
 LANES_PER_KEY_MAX = 256
 # Two incarnations of a key are at least this far apart by their own word: a flood of them would be from the future.
 LANE_OPEN_INTERVAL_MS = 100
+# A voter whose acks always come last is still heard so often, by an ack of which the signature is checked: people are told
+# of voters that were silent for longer than some seconds.
+HEARD_MS_MAX = 1_000
 # Acks that came before their lane's first block; what falls out comes back by sync.
 ORPHAN_ACK_COUNT_MAX = 4
 # Two full blocks exceed a frame; such evidence travels by sync.
@@ -436,6 +439,8 @@ class Lanes:
     def _settle(self, lane: Lane, now_ns: int) -> None:
         """Bring a lane to rest after anything about it changed."""
         self._certify(lane)
+        if not lane.waiting and not lane.side and not lane.is_doubtful and lane.id not in self._waiting_for:
+            return
         if lane.side:
             self._adopt(lane)
         self._drain(lane, now_ns)
@@ -522,7 +527,8 @@ class Lanes:
         self._touch(lane)
 
     def _certify(self, lane: Lane) -> None:
-        self._note_certified(lane, lane.certify_nowait())
+        if lane.chain and lane.tally.certified_seq() > lane.certified_seq:
+            self._note_certified(lane, lane.certify_nowait())
 
     def _note_certified(self, lane: Lane, done: tuple[Entry, ...]) -> None:
         if not done:
@@ -672,7 +678,7 @@ class Lanes:
         if any(LaneId(head.lane) not in self._lanes for head in ack.heads):
             # Acks make no lanes: a lying voter would name thousands. It is taken again when a block has made the lane.
             self._orphans.setdefault(ack.voter, deque(maxlen=ORPHAN_ACK_COUNT_MAX)).append(raw)
-        if not any(self._is_news(ack.voter, head) for head in ack.heads):
+        if not any(self._is_news(ack.voter, head) for head in ack.heads) or self._is_late(ack, now_ns):
             return
         self.verified_count += 1
         if not ack_signature_holds(self._verify, self.committee.voters[ack.voter], entry, network_id=self._network_id):
@@ -697,6 +703,21 @@ class Lanes:
             return head.seq > known.certified_seq
         return head.seq in known.chain and not known.tally.is_confirmed(voter, head.seq)
 
+    def _is_late(self, ack: Ack, now_ns: int) -> bool:
+        """Whether a quorum is counted for all that this ack says, and its voter was heard a moment ago.
+
+        Then it proves nothing that the acks which are kept do not prove, and its signature need not be checked: a third of
+        all acks, for n - (2f+1) of n come after the certificate. What the voter says next of these lanes includes it.
+        """
+        heard_ns = self.last_ack_ns.get(ack.voter)
+        if heard_ns is None or now_ns - heard_ns >= HEARD_MS_MAX * NS_PER_MS:
+            return False
+        for head in ack.heads:
+            lane = self._lanes.get(LaneId(head.lane))
+            if lane is None or lane.evidence is not None or lane.tally.certified_seq() < head.seq:
+                return False
+        return True
+
     def _join_ack(self, entry: AckEntry) -> list[tuple[Lane, int]]:
         """Count an ack whose signature holds, and keep it while it is somebody's newest word."""
         ack = entry.ack
@@ -716,7 +737,7 @@ class Lanes:
                 # Also when a peer sends it back to us: a voter that lost its disk remembers by others what it said.
                 lane.acked_seq = max(lane.acked_seq, head.seq)
                 self._ack_n = max(self._ack_n, ack.n)
-            elif self.is_left(lane.id) and lane.acked_seq < head.seq:
+            elif lane.acked_seq < head.seq and self.is_left(lane.id):
                 # An older incarnation ends where the voters' acks end: see rule 2.
                 self._to_ack[lane.id] = None
             moved.append((lane, head.seq))
@@ -781,7 +802,7 @@ class Lanes:
         for head in entry.ack.heads:
             lane = self._lanes.get(LaneId(head.lane))
             block = None if lane is None else lane.chain.get(head.seq)
-            if lane is None or block is None or block.block.kind in _ORDERED_KINDS:
+            if lane is None or block is None or block.block.kind in ORDERED_KINDS:
                 return None
             authors.add(lane.node_id)
         return frozenset(authors)
@@ -815,7 +836,7 @@ class Lanes:
         ):
             return 0
         seq = lane.head_seq
-        if lane_incarnation(lane.id) <= self._closing.get(lane.public_key, b""):
+        if self._closing and lane_incarnation(lane.id) <= self._closing.get(lane.public_key, b""):
             seq = min(seq, lane.final_seq if lane.closing_seq is None else lane.closing_seq)
         if self.is_left(lane.id):
             seq = min(seq, self._acked_by_others(lane))

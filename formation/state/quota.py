@@ -15,6 +15,34 @@ OBJECT_COUNT_MAX = 4_096
 SIZE_BYTES_MAX = 16 * 1024 * 1024
 
 
+class Room:
+    """What one owner may still be charged."""
+
+    __slots__ = ("_count", "_count_max", "_is_changed", "_owner", "_quotas", "_size", "_size_bytes_max")
+
+    def __init__(self, quotas: Quotas, owner: str, count: int, size: int, *, count_max: int, size_bytes_max: int) -> None:
+        self._quotas, self._owner = quotas, owner
+        self._count, self._size = count, size
+        self._count_max, self._size_bytes_max = count_max, size_bytes_max
+        self._is_changed = False
+
+    def charge(self, *, objects: int, size_bytes: int) -> str:
+        """See `Quotas.charge`."""
+        if objects > 0 and self._count + objects > self._count_max:
+            return f"the quota of {self._count_max} objects is used up"
+        if size_bytes > 0 and self._size + size_bytes > self._size_bytes_max:
+            return f"the quota of {self._size_bytes_max} bytes is used up"
+        self._count += objects
+        self._size += size_bytes
+        self._is_changed = True
+        return ""
+
+    def settle(self) -> None:
+        """Count what was charged."""
+        if self._is_changed:
+            self._quotas.set(self._owner, self._count, self._size)
+
+
 class Quotas:
     """Objects and bytes in use by owner: a section of the final state, with owners as ids.
 
@@ -40,18 +68,19 @@ class Quotas:
 
     def charge(self, owner: str, *, objects: int, size_bytes: int) -> str:
         """Count a creation (objects = 1), or growth or shrinkage (objects = 0); less is always allowed."""
-        count, size = self.used(owner)
-        if objects > 0 and count + objects > self._count_max:
-            return f"the quota of {self._count_max} objects is used up"
-        if size_bytes > 0 and size + size_bytes > self._size_bytes_max:
-            return f"the quota of {self._size_bytes_max} bytes is used up"
-        self._set(owner, count + objects, size + size_bytes)
-        return ""
+        room = self.room(owner)
+        void = room.charge(objects=objects, size_bytes=size_bytes)
+        room.settle()
+        return void
+
+    def room(self, owner: str) -> Room:
+        """For many charges of one owner in a row, which are counted by `Room.settle`; nobody else may charge it before that."""
+        return Room(self, owner, *self.used(owner), count_max=self._count_max, size_bytes_max=self._size_bytes_max)
 
     def refund(self, owner: str, *, objects: int, size_bytes: int) -> None:
         """Count a deletion."""
         count, size = self.used(owner)
-        self._set(owner, count - objects, size - size_bytes)
+        self.set(owner, count - objects, size - size_bytes)
 
     def move(self, owner: str, *, to: str, objects: int, size_bytes: int) -> str:
         """Count a transfer: the receiver must have room."""
@@ -71,9 +100,10 @@ class Quotas:
 
     def load(self, owner: str, value: list[int]) -> None:
         """Take over what another replica's `dump` gave."""
-        self._set(owner, value[0], value[1])
+        self.set(owner, value[0], value[1])
 
-    def _set(self, owner: str, count: int, size: int) -> None:
+    def set(self, owner: str, count: int, size: int) -> None:
+        """What an owner uses from now on."""
         # What was charged is what is refunded, so neither can fall below zero.
         assert count >= 0
         assert size >= 0

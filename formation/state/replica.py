@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from formation.core.clock import NS_PER_MS
-from formation.core.codec import Hash, Sign, Verify, decode, encode
+from formation.core.codec import ARRAY, UNSIGNED, Hash, Sign, Verify, bytes_head, decode, encode, item_head
 from formation.core.errors import DecodeError
 from formation.core.event import Effect as EventEffect
 from formation.core.event import RecordKind, Seat
@@ -72,7 +72,7 @@ from formation.state.handover import Handing, covered_heads
 from formation.state.joining import Snapshot
 from formation.state.judge import IntentVerifier, Judged, judge_block
 from formation.state.lane import Entry, Head, LaneId, SpineRef
-from formation.state.lanes import Lanes
+from formation.state.lanes import ORDERED_KINDS, Lanes
 from formation.state.membership import CommitteeState, FreezeEntry
 from formation.state.order import Covered, Missing, cover
 from formation.state.positions import Positions
@@ -99,8 +99,9 @@ COVER_MS = 1_000
 CLOSE_QUIET_MS = 2_000
 # Lanes closed by one proposal: half a committee of 31 restarted at once; the rest is closed by the next.
 CLOSE_COUNT_MAX = 16
-# Changed cells are encoded into the state's tree when they are so many, and not all at the checkpoint: 10 ms every now and
-# then instead of half a second at once. Fewer are most likely to change again.
+# Changed cells are encoded into the state's tree now and then, and not all at the checkpoint: 10 ms several times instead of
+# half a second at once. When so many have changed, those go that have not since it was so many the last time: all others
+# are most likely to change again.
 FLUSH_CELL_COUNT = 2_048
 # Voters store a checkpoint one after the other, this far apart by their index: while one writes (0.7 s for 60 MB, between
 # its commits), the others answer faster. All have done so within 3 s, before the next can be due.
@@ -380,7 +381,8 @@ class Replica:
     def _settle(self) -> None:
         """Until nothing moves: note what reached a level, let the spine look, apply what is final."""
         while True:
-            self._note_levels()
+            if self.lanes.log or self.lanes.new_evidence:
+                self._note_levels()
             has_risen = bool(self.lanes.risen)
             if has_risen:
                 self.lanes.out.append(Certified(tuple(self.lanes.risen)))
@@ -389,7 +391,8 @@ class Replica:
             effects = self.spine.drain()
             for effect in effects:
                 self._take_spine_effect(effect)
-            if not self._apply_queue() and not effects and not has_risen:
+            has_applied = bool(self._queue) and self._apply_queue()
+            if not has_applied and not effects and not has_risen:
                 break
         if self._own_final or self._applied_height != self.state.height:
             self._applied_height = self.state.height
@@ -411,21 +414,19 @@ class Replica:
                 self._record(Record(RecordKindOf.BLOCK, entry.raw, block.lane, block.seq))
                 self._counts[0] += count
             else:
-                self._record(Record(RecordKindOf.RISEN, encode([block.lane, block.seq])))
+                self._record(Record(RecordKindOf.RISEN, _risen(block.lane, block.seq)))
                 self._counts[1] += count
                 self._note_certified(entry)
             self._tell(Row(position=self._next_position, count=count, level=level, entry=entry))
 
     def _note_certified(self, entry: Entry) -> None:
+        # Judged now, while the spine is not waiting for it: the signatures of intents take most of the time.
         judged = self.judged(entry)
-        ordered = 0
-        for op in judged:
-            if op.is_ordered:
-                ordered += 1
-            else:
-                self.state.certify(op)
-        if ordered:
-            self._ordered[entry.hash] = ordered
+        self.state.certify(entry.hash, judged)
+        if entry.block.kind in ORDERED_KINDS:
+            ordered = sum(op.is_ordered for op in judged)
+            if ordered:
+                self._ordered[entry.hash] = ordered
         if self._uncovered_since_ns is None:
             self._uncovered_since_ns = self._now_ns
             self._wake_to_cover()
@@ -565,13 +566,12 @@ class Replica:
         decided: list[tuple[Judged, str]] = []
         index = 0
         for block in covered.blocks:
-            verdicts = []
-            for op in self.judged(block):
-                void = self.state.apply(op, index=index)
-                index += 1
-                verdicts.append(void)
-                if op.is_ordered or (void and not op.void):
-                    decided.append((op, void))
+            judged = self.judged(block)
+            verdicts = self.state.apply_block(block.hash, judged, index=index)
+            index += len(judged)
+            if block.block.kind in ORDERED_KINDS or any(verdicts):
+                told = zip(judged, verdicts, strict=True)
+                decided.extend((op, void) for op, void in told if op.is_ordered or (void and not op.void))
             lane_id_, seq = LaneId(block.block.lane), block.block.seq
             self.positions.note(lane_id_, seq, height=proposal.height, first_index=index - len(verdicts), verdicts=verdicts)
             self._ordered.pop(block.hash, None)
@@ -595,8 +595,8 @@ class Replica:
         if proposal.handover is not None:
             self._hand_over(final)
         self._capture_if_due(is_handover=proposal.handover is not None)
-        if self.state.dirty_count > FLUSH_CELL_COUNT:
-            self.tree.update(self.state.take_dirty())
+        if self.state.warm_count > FLUSH_CELL_COUNT:
+            self.tree.update(self.state.take_cold())
             self.tree.settle()
         self._freeze()
 
@@ -692,7 +692,7 @@ class Replica:
             for seq, entry in (*sorted(lane.tail.items()), *sorted(lane.chain.items())):
                 records.append(Record(RecordKindOf.BLOCK, entry.raw, lane_id_, seq))
             if lane.certified_seq > lane.final_seq:
-                records.append(Record(RecordKindOf.RISEN, encode([lane_id_, lane.certified_seq])))
+                records.append(Record(RecordKindOf.RISEN, _risen(lane_id_, lane.certified_seq)))
         records.extend(Record(RecordKindOf.ACK, raw) for raw in self.lanes.own_newest_acks())
         records.extend(Record(RecordKindOf.EVIDENCE, raw) for raw in self.lanes.convictions())
         if self.handing.own is not None:
@@ -1154,6 +1154,11 @@ class Replica:
             list(snapshot.offer.links),
         ]
         return encode(meta), records
+
+
+def _risen(lane: bytes, seq: int) -> bytes:
+    """CBOR [lane, seq]: one for each certified block, hence by hand."""
+    return b"".join((item_head(ARRAY, 2), bytes_head(len(lane)), lane, item_head(UNSIGNED, seq)))
 
 
 def _epoch_of(entry: VoteEntry | ProposalEntry) -> int:

@@ -11,6 +11,7 @@ no comparison of replicas could find, is found.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -99,9 +100,9 @@ class Tap:
         self.state = state = replica.state
         self.epoch = state.committee.committee.epoch
         self.at: Height | None = None
-        self._begin, self._apply = state.begin_height, state.apply
+        self._begin, self._apply_block = state.begin_height, state.apply_block
         self._end, self._close, self._due = state.end_lane, state.close_lane, state.note_checkpoint
-        for name in ("begin_height", "apply", "end_lane", "close_lane", "note_checkpoint"):
+        for name in ("begin_height", "apply_block", "end_lane", "close_lane", "note_checkpoint"):
             setattr(state, name, getattr(self, name))
 
     def begin_height(self, *, height: int, hash_: bytes, time_ms: int, view: int, epoch: int) -> None:
@@ -110,11 +111,12 @@ class Tap:
         self._begin(height=height, hash_=hash_, time_ms=time_ms, view=view, epoch=epoch)
         self.at = Height(height, hash_, time_ms, view, epoch)
 
-    def apply(self, op: Judged, *, index: int) -> str:
-        void = self._apply(op, index=index)
+    def apply_block(self, block_hash: bytes, ops: Sequence[Judged], *, index: int) -> list[str]:
+        verdicts = self._apply_block(block_hash, ops, index=index)
         assert self.at is not None
-        self.at.calls.append(("op", op, index, void))
-        return void
+        # The mirror folds them one by one: the oracle of the block's short cuts.
+        self.at.calls.extend(("op", op, at, void) for at, (op, void) in enumerate(zip(ops, verdicts, strict=True), start=index))
+        return verdicts
 
     def end_lane(self, lane: LaneId, *, seq: int, hash_: bytes, hlc: int) -> None:
         self._end(lane, seq=seq, hash_=hash_, hlc=hlc)

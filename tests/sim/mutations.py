@@ -245,12 +245,12 @@ _mutation(
 )
 
 
-def _endless(account: Any, node_id: str, event: Any, object_id: str, now_ms: int) -> str:
-    return _DELEGATED(account, node_id, event, object_id, 0)
+def _endless(self: Accounts, account_id: str, node_id: str, event: Any, now_ms: int) -> tuple[str, str]:
+    return _DELEGATED(self, account_id, node_id, event, 0)
 
 
-_DELEGATED = accounts._void_delegated
-_mutation("delegations do not end", "calm", (accounts, "_void_delegated", _endless))
+_DELEGATED = Accounts.delegated_prefix
+_mutation("delegations do not end", "calm", (Accounts, "delegated_prefix", _endless))
 _mutation(
     "intents act twice",
     "calm",

@@ -7,10 +7,14 @@ import msgspec
 import pytest
 
 from formation.core.codec import (
+    BYTES,
+    UNSIGNED,
     Context,
     Sign,
+    bytes_head,
     decode,
     encode,
+    item_head,
     parse_signed,
     sha256,
     sign_value,
@@ -135,6 +139,38 @@ def test_a_signed_value_comes_back() -> None:
     signed = sign_value(KEY.sign, Context.BLOCK, network_id=NETWORK, payload=b"\x01")
     assert parse_signed(signed.raw) == signed
     assert signature_holds(verify_ed25519, KEY.public_key, signed, Context.BLOCK, network_id=NETWORK)
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 23, 24, 255, 256, 65_535, 65_536, 300_000])
+def test_a_signed_payload_of_any_length_has_one_form(size_bytes: int) -> None:
+    """The head of the payload follows from the length of the whole; any longer one is refused."""
+    payload = bytes(size_bytes)
+    signed = sign_value(KEY.sign, Context.BLOCK, network_id=NETWORK, payload=payload)
+    assert signed.raw == cbor2.dumps(cbor2.CBORTag(18, [b"\xa1\x01\x27", {}, payload, signed.signature]))
+    assert parse_signed(signed.raw) == signed
+    head = item_head(BYTES, size_bytes)
+    assert head == bytes_head(size_bytes) == cbor2.dumps(payload)[: len(head)]
+    at = signed.raw.index(head + payload + b"\x58\x40")
+    for longer in (b"\x58", b"\x59", b"\x5a", b"\x5b", b"\x5f"):
+        width = {0x58: 1, 0x59: 2, 0x5A: 4, 0x5B: 8, 0x5F: 0}[longer[0]]
+        if width + 1 > len(head) or not width:
+            count = size_bytes.to_bytes(width, "big") if width else b""
+            with pytest.raises(DecodeError, match=r"^signed value: "):
+                parse_signed(signed.raw[:at] + longer + count + signed.raw[at + len(head) :])
+
+
+@pytest.mark.parametrize("count", [0, 23, 24, 255, 256, 65_535, 65_536, (1 << 32) - 1, 1 << 32, (1 << 64) - 1])
+def test_an_item_head_is_the_encoders(count: int) -> None:
+    """By hand and by the encoder, the same."""
+    assert item_head(UNSIGNED, count) == cbor2.dumps(count)
+
+
+@pytest.mark.parametrize("epoch", [None, 0, 7])
+def test_what_is_signed_is_a_sig_structure(epoch: int | None) -> None:
+    """RFC 9052 section 4.4, with context, network and epoch as external data."""
+    aad = [Context.ACK.value, NETWORK] if epoch is None else [Context.ACK.value, NETWORK, epoch]
+    whole = cbor2.dumps(["Signature1", b"\xa1\x01\x27", cbor2.dumps(aad), b"payload"])
+    assert signed_bytes(Context.ACK, network_id=NETWORK, payload=b"payload", epoch=epoch) == whole
 
 
 VALID = sign_value(KEY.sign, Context.BLOCK, network_id=NETWORK, payload=b"\x01").raw

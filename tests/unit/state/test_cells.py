@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from formation.core.codec import encode
 from formation.core.event import (
     Event,
     ImageDropped,
@@ -153,3 +154,47 @@ def test_what_the_order_decides_is_not_joined() -> None:
     claim = judged("vm", event_op(VmClaimed(why="x", ttl_ms=2_000), VM_ID))
     with pytest.raises(AssertionError, match="not joined"):
         Cell().join(claim, mark=0)
+
+
+def put(value: bytes, *, author: int = 1, at_ms: int = 0) -> Judged:
+    return judged("value", delegated_op(ValuePut(value=value), VALUE_ID, account=USERS[0]), author=author, at_ms=at_ms)
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 23, 24, 255, 256, 32 * 1024])
+@pytest.mark.parametrize("charged", [0, 23, 24, 255, 256, 65_535, 65_536, (1 << 32) - 1, 1 << 32])
+def test_a_value_encoded_by_hand_is_what_the_encoder_gives(size_bytes: int, charged: int) -> None:
+    """Every width that a head may have."""
+    cell = Cell()
+    cell.charged = charged
+    cell.join(put(b"v" * size_bytes), mark=0)
+    assert cell.encoded() == encode(cell.dump())
+
+
+def test_whatever_else_a_cell_holds_is_encoded_with_it() -> None:
+    """The short way is for a lone put only: a second author, a removal, a count or any other part ends it."""
+    lone = put(b"v")
+    second = put(b"w", author=2)
+    count = judged("value", delegated_op(ValueCounted(delta=1), VALUE_ID, account=USERS[0]))
+    removed = judged("value", delegated_op(ValueRemoved(seen=(lone.stamp[1],)), VALUE_ID, account=USERS[0]), author=2, at_ms=1)
+    cells = []
+    for ops in ((lone, second), (lone, count), (lone, removed), (count,), ()):
+        cell = Cell()
+        for op in ops:
+            cell.join(op, mark=7)
+        cells.append(cell)
+    for name, value in {
+        "owner": "did:key:z",
+        "made": (1, b"m"),
+        "is_deleted": True,
+        "placed": ("n", "why", 1, 2, 3),
+    }.items():
+        cell = Cell()
+        cell.join(lone, mark=0)
+        setattr(cell, name, value)
+        cells.append(cell)
+    for vm_op in VM_OPS:
+        cell = Cell()
+        cell.join(lone, mark=0)
+        cell.join(vm_op, mark=0)
+        cells.append(cell)
+    assert all(cell.encoded() == encode(cell.dump()) for cell in cells)

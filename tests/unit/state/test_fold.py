@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from formation.core.codec import sha256
 from formation.core.event import (
     ClaimMade,
+    DelegationGiven,
+    DelegationRevoked,
     Event,
     NodeAdmitted,
     NodeDismissed,
@@ -23,12 +26,15 @@ from formation.core.event import (
 )
 from formation.core.ids import account_id_of, vm_id_of
 from formation.core.spec import Desired
+from formation.state import fold
+from formation.state.accounts import OTHER_OBJECTS
 from formation.state.checkpoint import StateTree
 from formation.state.fold import State
 from formation.state.judge import Judged, judge_block
 from formation.state.lane import LaneId, lane_id, make_incarnation
 from formation.state.membership import CommitteeState
-from formation.state.op import event_op, intent_op
+from formation.state.op import delegated_op, event_op, intent_op
+from formation.state.quota import SIZE_BYTES_MAX
 from tests.unit.state.replicas import KEYS, NETWORK_ID, NOW_MS, USERS, make_block, make_wish, node_id, seats
 
 REQUEST = VmRequested(name="web", image="sha256:" + "0" * 64, image_name="hello", vcpus=1, memory_mib=256, disk_gib=1)
@@ -47,6 +53,11 @@ def wish(event: Event, object_id: str = VM_ID, *, user: int = 0, nonce: int = 0)
 
 def word(event: Event, object_id: str = VM_ID, *, author: int = 1) -> Judged:
     return judged(event.topic.value, event_op(event, object_id), author=author, at_ms=1)
+
+
+def block_hash(op: Judged) -> bytes:
+    """Of a block of its own."""
+    return sha256(repr(op).encode())
 
 
 CREATE = wish(REQUEST)
@@ -70,7 +81,7 @@ class Chain:
         time_ms = (state.time_ms or NOW_MS) + after_ms
         hash_ = bytes([self.view]) * 32
         state.begin_height(height=state.height + 1, hash_=hash_, time_ms=time_ms, view=self.view, epoch=0)
-        return [state.apply(op, index=index) for index, op in enumerate(ops)]
+        return [void for index, op in enumerate(ops) for void in state.apply_block(block_hash(op), (op,), index=index)]
 
     def items(self) -> dict[tuple[str, str], bytes]:
         """All that `take_dirty` gave so far, as a snapshot would have it."""
@@ -92,7 +103,7 @@ def desired(state: State, vm_id: str = VM_ID) -> object:
 def test_what_is_certified_is_shown_before_it_is_final(chain: Chain) -> None:
     """The overlay lies over the final state, and is gone when the order has taken it; the cell stays the same."""
     for op in (CREATE, STOP):
-        chain.state.certify(op)
+        chain.state.certify(block_hash(op), (op,))
     assert desired(chain.state) == "stopped"
     assert chain.state.final_cell(RecordKind.VM, VM_ID) is None
     shown = chain.state.cell(RecordKind.VM, VM_ID)
@@ -108,7 +119,7 @@ def test_what_is_certified_is_shown_before_it_is_final(chain: Chain) -> None:
 def test_a_transfer_before_it_voids_the_old_owners_word(chain: Chain) -> None:
     """The one thing that takes a certified operation back."""
     chain.height(CREATE)
-    chain.state.certify(STOP)
+    chain.state.certify(block_hash(STOP), (STOP,))
     assert desired(chain.state) == "stopped"
     assert chain.height(wish(OwnershipTransferred(to=BOB), nonce=3)) == [""]
     (void,) = chain.height(STOP)
@@ -223,3 +234,134 @@ def test_another_order_of_claims_is_another_state(chain: Chain) -> None:
         each.height(CREATE)
         each.height(*ops)
     assert chain.items() != other.items()
+
+
+def puts(*, seq: int = 1, account: int = 0, keys: str = "ab", size_bytes: int = 1) -> tuple[Judged, ...]:
+    """Writes of values by one node in an account's name."""
+    user = USERS[account]
+    ops = [delegated_op(ValuePut(value=bytes(size_bytes)), f"{account_id_of(user)}/{key}", account=user) for key in keys]
+    return judge_block(make_block(kind="value", ops=ops, seq=seq, at_ms=seq), lambda _: True)
+
+
+def delegate(*, prefix: str = "", account: int = 0, nonce: int = 10, lasts_ms: int = 60_000) -> Judged:
+    given = DelegationGiven(node_id=node_id(1), verbs=("value.put",), prefix=prefix, expires_ms=NOW_MS + lasts_ms)
+    return wish(given, account_id_of(USERS[account]), user=account, nonce=nonce)
+
+
+ALICE = account_id_of(USERS[0])
+REVOKE = wish(DelegationRevoked(node_id=node_id(1)), ALICE, nonce=11)
+
+
+def large_puts(seq: int) -> tuple[Judged, ...]:
+    """Eighty values of 32 KB: seven times so many are more than 16 MiB."""
+    return puts(seq=seq, keys="".join(map(chr, range(0x4E00 + 80 * seq, 0x4E50 + 80 * seq))), size_bytes=32_000)
+
+
+BLOCKS = {
+    "in order": ([delegate()], puts()),
+    "nothing delegated": ([], puts()),
+    "other objects": ([delegate(prefix=f"{ALICE}/a")], puts()),
+    "ended": ([delegate(lasts_ms=15)], puts()),
+    "revoked in its midst": ([delegate()], (*puts(), REVOKE, *puts(seq=2))),
+    "two accounts": ([delegate(), delegate(account=1)], (*puts(), *puts(account=1, seq=2), *puts(seq=3))),
+    "one of two delegates": ([delegate(account=1)], (*puts(), *puts(account=1, seq=2))),
+    "growth": ([delegate()], (*puts(), *puts(seq=2, size_bytes=900), *puts(seq=3, size_bytes=2))),
+    "out of bytes": ([delegate()], tuple(op for seq in range(1, 8) for op in large_puts(seq))),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_is_folded_as_its_operations_are(name: str) -> None:
+    """Verdicts, and every byte of the state: the short way for writes of values leaves no question out."""
+    before, ops = BLOCKS[name]
+    whole, single = Chain(), Chain()
+    for chain in (whole, single):
+        chain.height(*before)
+    for chain in (whole, single):
+        chain.height()
+    verdicts = whole.state.apply_block(b"w" * 32, ops, index=3)
+    assert verdicts == [single.state.apply(op, index=3 + at) for at, op in enumerate(ops)]
+    assert whole.items() == single.items()
+    assert whole.state.op_count == single.state.op_count
+
+
+def test_the_short_way_sees_every_kind_of_verdict() -> None:
+    """Else the test above would compare nothing."""
+    seen: set[str] = set()
+    for before, ops in BLOCKS.values():
+        chain = Chain()
+        chain.height(*before)
+        chain.height()
+        seen.update(chain.state.apply_block(b"w" * 32, ops, index=0))
+    ended, none_given = "the delegation has ended", "the account has not delegated anything to this node"
+    assert seen == {"", OTHER_OBJECTS, ended, none_given, f"the quota of {SIZE_BYTES_MAX} bytes is used up"}
+
+
+def value_of(state: State, key: str) -> object:
+    cell = state.cell(RecordKind.VALUE, f"{ALICE}/{key}")
+    return None if cell is None or cell.value is None else cell.value.read()
+
+
+def test_what_is_certified_between_two_reads_shows_in_the_second(chain: Chain) -> None:
+    """Operations are put under their objects when somebody reads; a block that is final before that was never there."""
+    chain.height(delegate())
+    first, second, third = puts(), puts(seq=2, size_bytes=2), puts(seq=3, keys="a", size_bytes=3)
+    chain.state.certify(b"1" * 32, first)
+    assert value_of(chain.state, "a") == bytes(1)
+    chain.state.certify(b"2" * 32, second)
+    assert value_of(chain.state, "a") == bytes(2)
+    assert chain.state.object_ids(RecordKind.VALUE) == {f"{ALICE}/a", f"{ALICE}/b"}
+    chain.state.certify(b"3" * 32, third)
+    chain.height()
+    chain.state.apply_block(b"1" * 32, first, index=0)
+    assert (value_of(chain.state, "a"), value_of(chain.state, "b")) == (bytes(3), bytes(2))
+    chain.state.apply_block(b"2" * 32, second, index=2)
+    chain.state.apply_block(b"3" * 32, third, index=4)
+    final = chain.state.final_cell(RecordKind.VALUE, f"{ALICE}/a")
+    assert chain.state.cell(RecordKind.VALUE, f"{ALICE}/a") is final
+    assert value_of(chain.state, "a") == bytes(3)
+
+
+def test_a_block_that_is_final_before_anybody_reads_was_never_there(chain: Chain) -> None:
+    """Nothing of it is left over the final state."""
+    chain.height(delegate())
+    block = puts()
+    chain.state.certify(b"1" * 32, block)
+    chain.height()
+    chain.state.apply_block(b"1" * 32, block, index=0)
+    final = chain.state.final_cell(RecordKind.VALUE, f"{ALICE}/a")
+    assert final is not None
+    assert chain.state.cell(RecordKind.VALUE, f"{ALICE}/a") is final
+
+
+def test_cells_that_are_written_again_are_encoded_last(chain: Chain) -> None:
+    """What was left alone from one call to the next goes; nothing is lost, whichever way it goes."""
+    whole, parts = Chain(), Chain()
+    first, again, other = puts(keys="abc"), puts(seq=2, keys="b", size_bytes=5), puts(seq=3, keys="d")
+    shown: list[set[str]] = []
+    for ops in (first, again, other, (REVOKE,)):
+        for chain in (whole, parts):
+            chain.height(*([delegate()] if ops is first else []))
+            chain.height(*ops)
+        cold = parts.state.take_cold()
+        parts.tree.update(cold)
+        shown.append({object_id.partition("/")[2] for _, object_id in cold})
+    assert shown == [set(), {"a", "c"}, {"b"}, {"d"}]
+    for chain in (whole, parts):
+        chain.tree.update(chain.state.take_dirty())
+    assert parts.tree.root() == whole.tree.root()
+
+
+def test_no_value_is_let_go_before_it_is_encoded(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cool` keeps what `take_cold` has not given yet."""
+    monkeypatch.setattr(fold, "HOT_CELL_COUNT_MAX", 0)
+    chain.height(delegate())
+    chain.height(*puts())
+    assert chain.state.take_cold() == {}
+    chain.state.cool()
+    chain.state.cool()
+    assert value_of(chain.state, "a") == bytes(1)
+    chain.tree.update(chain.state.take_cold())
+    chain.state.cool()
+    chain.state.cool()
+    assert value_of(chain.state, "a") == bytes(1)

@@ -13,6 +13,7 @@ from formation.core.event import (
     ClaimMade,
     NodeAdvertised,
     OpClass,
+    ValueCounted,
     ValuePut,
     VmBooted,
     VmDeleted,
@@ -22,6 +23,7 @@ from formation.core.event import (
 from formation.core.ids import account_id_of, vm_id_of
 from formation.core.intent import FUTURE_MS_MAX
 from formation.core.spec import Desired, Resources
+from formation.state.crdt import stamp_of
 from formation.state.judge import IntentVerifier, Judged, judge_block, object_id_of
 from formation.state.lane import parse_block
 from formation.state.op import delegated_op, event_op, intent_op
@@ -145,3 +147,46 @@ def test_a_void_operation_leaves_its_neighbours_alone() -> None:
     assert [bool(op.void) for op in judged] == [True, False, True]
     assert [op.index for op in judged] == [0, 1, 2]
     assert judge_block(entry, HOLDS) is judged
+
+
+PUTS = [delegated_op(ValuePut(value=bytes([i])), f"{VALUE_ID}{i}", account=USERS[0]) for i in range(3)]
+OTHERS = {
+    "nothing else": PUTS[2],
+    "another account": delegated_op(PUT, f"{account_id_of(USERS[1])}/k", account=USERS[1]),
+    "another verb": delegated_op(ValueCounted(delta=1), VALUE_ID, account=USERS[0]),
+    "an intent": wish_op(PUT, VALUE_ID),
+    "no operation": 7,
+    "too short": PUTS[2][:5],
+    "no text for a verb": ["C", 7, VALUE_ID, {"value": b""}, USERS[0], None],
+    "no text for an id": ["C", "value.put", 7, {"value": b""}, USERS[0], None],
+    "no map for a body": ["C", "value.put", VALUE_ID, [b""], USERS[0], None],
+    "no body": ["C", "value.put", VALUE_ID, None, USERS[0], None],
+    "a body of another type": ["C", "value.put", VALUE_ID, {"value": "text"}, USERS[0], None],
+    "a value too large": ["C", "value.put", VALUE_ID, {"value": b"v" * (32 * 1024 + 1)}, USERS[0], None],
+    "a field too much": ["C", "value.put", VALUE_ID, {"more": 1, "value": b""}, USERS[0], None],
+    "no account": ["C", "value.put", VALUE_ID, {"value": b""}, None, None],
+    "half a key": ["C", "value.put", VALUE_ID, {"value": b""}, USERS[0][:31], None],
+    "another's value": ["C", "value.put", f"{account_id_of(USERS[1])}/k", {"value": b""}, USERS[0], None],
+    "no key of the value": ["C", "value.put", f"{ACCOUNT_ID}/", {"value": b""}, USERS[0], None],
+    "a key too long": ["C", "value.put", f"{ACCOUNT_ID}/" + "k" * 129, {"value": b""}, USERS[0], None],
+    "a key that cannot be printed": ["C", "value.put", f"{ACCOUNT_ID}/\n", {"value": b""}, USERS[0], None],
+    "another class": ["O", *PUTS[2][1:]],
+    "another topic": OP,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["value", "vm"])
+def test_a_block_judged_whole_is_judged_as_its_operations_are(name: str, place: int, kind: str) -> None:
+    """The short way for many values gives what the long one does, and steps aside for whatever is not exactly so."""
+    ops = [*PUTS[:place], OTHERS[name], *PUTS[place:2]]
+    block = make_block(kind=kind, ops=ops)
+    alone = [judge_block(make_block(kind=kind, ops=[op]), HOLDS)[0] for op in ops]
+    whole = judge_block(block, HOLDS)
+    for index, (op, other) in enumerate(zip(whole, alone, strict=True)):
+        assert op.block is block.block
+        assert op.index == index
+        fields = set(op.__struct_fields__) - {"block", "index", "stamp"}
+        assert {f: getattr(op, f) for f in fields} == {f: getattr(other, f) for f in fields}
+        assert op.stamp == (other.stamp if op.digest else stamp_of(block.block.hlc, block.block.lane, 1, index))

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from formation.core.codec import encode
+from formation.core.codec import encode, encode_arrays
 from formation.core.errors import DecodeError
 from formation.core.event import OpClass, ValuePut, VmDeleted
-from formation.state.op import check_plain, delegated_op, estimated_size_bytes, event_op, intent_op
+from formation.state.op import check_plain, delegated_op, estimated_size_bytes, event_op, has_no_order, intent_op
 from tests.unit.state.replicas import OP, USERS, VM_ID, make_wish
 
 WISH = make_wish(VmDeleted(), VM_ID)
@@ -62,3 +62,31 @@ def test_anything_else_is_none(plain: Any) -> None:
 def test_the_estimate_is_an_upper_bound(plain: list[Any]) -> None:
     """Blocks are packed by it, and must not grow beyond their limit."""
     assert len(encode(plain)) <= estimated_size_bytes(plain)
+
+
+@pytest.mark.parametrize(
+    ("body", "is_free"),
+    [
+        (None, True),
+        ({}, True),
+        ({"value": b"v"}, True),
+        ({"delta": 1}, True),
+        ({"text": "t"}, True),
+        ({"bb": 1, "a": 2}, False),
+        ({"spec": {"bb": 1, "a": 2}}, False),
+        ({"seen": [{"bb": 1, "a": 2}]}, False),
+        (7, False),
+    ],
+)
+def test_where_keys_have_no_order_the_quick_encoding_is_the_deterministic_one(body: Any, is_free: bool) -> None:
+    """Two keys, or anything that may hold a map, goes the long way."""
+    plain = ["C", "value.put", "a/k", body, None, None]
+    assert has_no_order(plain) is is_free
+    if is_free:
+        assert encode_arrays(plain) == encode(plain)
+
+
+@pytest.mark.parametrize("plain", [None, 7, [], {}, tuple(DELEGATED_OP), DELEGATED_OP[:5]])
+def test_what_is_no_operation_is_not_looked_into(plain: Any) -> None:
+    """It is encoded the long way."""
+    assert not has_no_order(plain)

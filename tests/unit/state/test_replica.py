@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
+from formation.core.clock import NS_PER_MS
 from formation.core.event import Topic, VmBooted, VmDeleted
 from formation.state.chain import WINDOW_COUNT_MAX
 from formation.state.effects import Commit, CommitReady, Notify, RangeReceived, Send, Stored, Submit, Tick, WakeAt
 from formation.state.feed import Level
 from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EVIDENCE
-from formation.state.lane import Head
+from formation.state.lane import Head, LaneId
+from formation.state.lanes import HEARD_MS_MAX
 from formation.state.op import event_op
 from formation.state.replica import RecordKindOf
 from tests.unit.state.replicas import (
@@ -82,6 +84,44 @@ def test_a_forged_early_ack_is_no_fault_of_who_brings_the_block() -> None:
     take(replica, FRAME_ACK + true)
     commit(replica)
     assert replica.counts == (1, 1)
+
+
+def test_an_ack_after_the_certificate_is_not_checked_unless_its_voter_was_silent() -> None:
+    """It proves nothing more; but a voter that is always last must not seem to be away."""
+    replica, first, second = make_replica(), make_block(), make_block(seq=2, prev=make_block().hash)
+    take(replica, FRAME_BLOCK + first.raw)
+    take(replica, FRAME_BLOCK + second.raw)
+    for voter in (1, 2, 3):
+        take(replica, FRAME_ACK + make_ack(voter, first))
+    assert replica.counts == (2, 1)
+    # Late and news at once: it is checked, for its second head may complete a certificate.
+    for voter in (1, 2):
+        take(replica, FRAME_ACK + make_ack(voter, second, n=2))
+    commit(replica)
+    assert replica.counts == (2, 2)
+    checked = replica.lanes.verified_count
+    late = make_ack(3, second, n=2)
+    take(replica, FRAME_ACK + late, NOW_NS + HEARD_MS_MAX * NS_PER_MS - 1)
+    assert replica.lanes.verified_count == checked
+    assert replica.lanes.last_ack_ns[3] == NOW_NS
+    now_ns = NOW_NS + HEARD_MS_MAX * NS_PER_MS
+    forged = late[:-1] + bytes([late[-1] ^ 1])
+    assert faults(take(replica, FRAME_ACK + forged, now_ns)) == ["ack: the signature does not hold"]
+    take(replica, FRAME_ACK + late, now_ns)
+    assert replica.lanes.last_ack_ns[3] == now_ns
+    # A quorum is proven by what is kept.
+    lane = LaneId(second.block.lane)
+    assert {0, 1, 2} <= set(replica.lanes.signers(lane, 2))
+
+
+def test_an_ack_is_checked_where_no_quorum_is_counted() -> None:
+    """A final cut or a restart certifies without acks: what peers are then served must be gathered still."""
+    replica, entry = make_replica(), make_block()
+    take(replica, FRAME_BLOCK + entry.raw)
+    replica.lanes.recover_certified(LaneId(entry.block.lane), 1)
+    replica.lanes.last_ack_ns[1] = NOW_NS
+    take(replica, FRAME_ACK + make_ack(1, entry))
+    assert replica.lanes.signers(LaneId(entry.block.lane), 1) == (1,)
 
 
 def test_acks_of_another_epoch_count_nothing() -> None:
