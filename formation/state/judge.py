@@ -39,6 +39,7 @@ from formation.core.intent import SignedIntent, intent_signature_holds, is_timel
 from formation.core.spec import Resources, VmSpec, VmStatus, check_vm_spec
 from formation.state.crdt import INDEX_SIZE_BYTES, REMOVE_PAIR_COUNT_MAX, Stamp, stamp_of
 from formation.state.lane import Block, Entry, lane_key
+from formation.state.network_cells import check_cell_id
 from formation.state.op import check_plain
 
 # A retried intent comes within its lifetime of 10 minutes; at 10 a second that is 6,000.
@@ -288,6 +289,8 @@ def check_event(event: Event, *, object_id: str, node_id: str, account: str) -> 
         raise DecodeError("not the id of a vm")
     if record is RecordKind.IMAGE:
         check_digest(object_id)
+    if record is RecordKind.CELL:
+        check_cell_id(object_id)
     if isinstance(event, HolderEvent | VmRequested | ImageBuilt | NodeAdvertised):
         _check_numbers(event_fields(event))
     match event:

@@ -82,7 +82,9 @@ class Nodes:
 
     def client(self, index: int = 0) -> Client:
         node = self.running[index]
-        return Client(make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door)))
+        return Client(
+            make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells))
+        )
 
     async def start(self, nursery: trio.Nursery, *indices: int) -> None:
         for index in indices:
