@@ -32,7 +32,7 @@ from enum import StrEnum
 import msgspec
 
 from formation.core.codec import HASH_SIZE_BYTES, Verify, decode, encode
-from formation.core.errors import DecodeError, RemoteFault, UnavailableError
+from formation.core.errors import DecodeError, UnavailableError
 from formation.core.ids import NetworkId
 from formation.state.ack import EPOCH_MAX
 from formation.state.checkpoint import (
@@ -101,10 +101,8 @@ class Flaw(StrEnum):
     TIME = "time"
 
 
-class ProofError(RemoteFault):
+class ProofError(DecodeError):
     """A proof that proves nothing, or not what was wanted."""
-
-    code = "proof"
 
     def __init__(self, flaw: Flaw, message: str) -> None:
         super().__init__(f"{flaw}: {message}", hint=_HINTS[flaw])

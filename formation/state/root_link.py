@@ -157,7 +157,7 @@ class RootLink:
         """What a proof says of an account; nothing is changed yet.
 
         Raises:
-          RemoteFault: nothing that counts here; says why.
+          DecodeError: nothing that counts here; says why.
         """
         root = self.root
         if root is None:

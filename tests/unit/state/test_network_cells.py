@@ -241,13 +241,13 @@ def test_an_import_that_keeps_the_key_keeps_the_delegations() -> None:
 def test_an_import_follows_the_roots_committee_and_remembers_it() -> None:
     link, accounts = linked(), make_accounts()
     event = imported(9, KEYS_VALUE, committee=NEXT, links=(proofs.link(),))
-    with pytest.raises(Exception, match="epoch"):
+    with pytest.raises(DecodeError, match="epoch"):
         link.read_import(ACCOUNT, imported(9, KEYS_VALUE, committee=NEXT), verify=verify_ed25519)
     apply(link, accounts, event)
     assert link.root is not None
     assert link.root.committee == NEXT
     # The old committee cannot take anything back, with whatever keys of it are left.
-    with pytest.raises(Exception, match="epoch"):
+    with pytest.raises(DecodeError, match="epoch"):
         link.read_import(ACCOUNT, imported(99, None), verify=verify_ed25519)
     other = account_id_of(NEW)
     apply(link, accounts, imported(9, KEYS_VALUE, committee=NEXT, links=(proofs.link(),), account=other, shown=other), other)
@@ -267,9 +267,8 @@ def test_an_import_follows_the_roots_committee_and_remembers_it() -> None:
     ],
 )
 def test_an_import_that_proves_nothing_is_void(event: AccountImported, why: str) -> None:
-    with pytest.raises(Exception, match=why) as caught:
+    with pytest.raises(DecodeError, match=why):
         linked().read_import(ACCOUNT, event, verify=verify_ed25519)
-    assert isinstance(caught.value, DecodeError) or type(caught.value).__name__ == "ProofError"
 
 
 def test_without_a_root_nothing_is_imported() -> None:
