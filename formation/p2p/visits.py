@@ -16,8 +16,9 @@ from formation.p2p.requests import Requests
 from formation.p2p.router import PeerTable
 from formation.p2p.transport import Transport
 
-# Each may be a handshake (some ms of CPU) and an answer of some MiB; people and imports ask a few a second.
-VISIT_CONCURRENCY_MAX = 16
+# Half of the dials that may be under way (`discovery`): addresses of others' networks, where nobody may answer, must not keep
+# us from our own. Each is a handshake (some ms of CPU) and an answer of some KiB; people and imports ask a few a second.
+VISIT_CONCURRENCY_MAX = 8
 # Closing waits for the peer's goodbye at most so long.
 CLOSE_TIMEOUT_S = 2.0
 

@@ -59,6 +59,8 @@ SERVE_TIMEOUT_S = 10.0
 
 # The reader: a dial, a handshake, an answer of some KiB.
 SERVER_TIMEOUT_S = 10.0
+# All servers together: twice this (record and item) is below the client's patience of 60 s.
+READ_TIMEOUT_S = 20.0
 # f+1 of the largest committee are 11; who finds none of so many has another problem.
 SERVER_COUNT_MAX = 11
 # Networks of which the height is remembered: 1 KiB each.
@@ -185,9 +187,10 @@ class CellReader:
         """
         failures: list[str] = []
         hint = "does the cell run? formation cell show tells where it is looked for"
+        deadline = trio.current_time() + READ_TIMEOUT_S
         for server in self._in_order(target.servers):
             try:
-                with trio.fail_after(SERVER_TIMEOUT_S):
+                with trio.fail_at(min(deadline, trio.current_time() + SERVER_TIMEOUT_S)):
                     return await self._read_from(server, target, section, object_id, age_ms_max)
             except ProofError as exc:
                 _logger.info("cell.proof_refused", cell=target.name, server=server.name, flaw=str(exc.flaw), why=exc.message)
@@ -197,7 +200,7 @@ class CellReader:
                 failures.append(f"{server.name}: {exc.message}")
                 hint = exc.hint or hint
             except trio.TooSlowError:
-                failures.append(f"{server.name}: no answer in {SERVER_TIMEOUT_S:.0f} s")
+                failures.append(f"{server.name}: no answer in time")
         raise UnavailableError(f"cell {target.name}: {'; '.join(failures) or 'no server is known'}", hint=hint)
 
     def _in_order(self, servers: Sequence[Seat]) -> list[Seat]:

@@ -499,16 +499,23 @@ class State:
     def _import_account(self, op: Judged, event: AccountImported) -> str:
         account_id = op.object_id
         link, accounts = self.root_link, self.accounts
+        # The root may hold whatever its voters like; here only what is an account's id gets keys.
+        if not accounts.key_in_force(account_id):
+            return "not an account id"
         if not link.imported_height(account_id) and accounts.has_own_keys(account_id):
             return "the account's keys were changed here before this network had a root"
         try:
             keys = link.read_import(account_id, event, verify=self._verify)
         except FormationError as exc:
             return exc.message
-        void = accounts.adopt(account_id, key=keys.key, recovery_key=keys.recovery_key)
-        if not void:
-            link.note_import(account_id, keys)
-        return void
+        if not link.imported_height(account_id):
+            # The carrier's, not the account's: one that has used its quota up must be able to change its key.
+            void = self.quotas.charge(op.node_id, objects=1, size_bytes=IMPORT_CHARGE_BYTES)
+            if void:
+                return void
+        accounts.adopt(account_id, key=keys.key, recovery_key=keys.recovery_key)
+        link.note_import(account_id, keys)
+        return ""
 
     def _keep_cell(self, op: Judged, event: CellEvent, fence: tuple[int, int]) -> str:
         """Give, renew or free a cell's name; that the account owns it was asked before (`Accounts.authorise`)."""
@@ -756,6 +763,8 @@ class State:
                 raise DecodeError(f"snapshot item of unknown section {section[:40]!r}")
 
 
+# An item of two keys and one of a height.
+IMPORT_CHARGE_BYTES = 512
 # More nodes than one committee can take the blocks of; larger networks are cells (design/state section 7).
 ADMITTED_COUNT_MAX = 1024
 

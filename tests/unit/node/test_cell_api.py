@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
@@ -30,7 +31,7 @@ from formation.core.keys import KeyPair
 from formation.p2p.loopback import LoopbackNetwork
 from formation.state.cell_reader import ASK_BURST_COUNT, Target, target_of_manifest
 from formation.state.feed import Level
-from formation.state.remote_cell import PROTOCOL, ProofAsk, parse_answer
+from formation.state.remote_cell import PROTOCOL, ProofAnswer, ProofAsk, parse_answer
 from tests.unit.node.asgi import Answer
 from tests.unit.node.nodes import OTHER, USER, Nodes, eventually
 
@@ -279,6 +280,44 @@ async def test_a_server_is_asked_within_bounds_and_says_what_it_lacks(tmp_path: 
         parse_answer(await berlin[0].cells.serve(root.keys[0].node_id, request))
         await trio.sleep(1)
         parse_answer(await berlin[0].cells.serve(peer, request))
+
+
+async def test_one_honest_server_is_enough_and_liars_are_named(
+    tmp_path: Path, jumping_clock: trio.abc.Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the others answer, the reader gets the truth; of liars alone it gets nothing, and hears why."""
+    async with three(tmp_path, berlin_voters=4) as (root, berlin, paris):
+        await record(root, berlin, "berlin")
+        await say(berlin, ValuePut(value=b"blue"), f"{ACCOUNT}/color")
+        for nodes in (paris, berlin):
+            await checkpoint(nodes)
+        await eventually(lambda: all(berlin[i].state.status().checkpoint_height for i in range(4)))
+        truths = [berlin[i].cells._answer for i in range(4)]
+
+        async def cut(ask: ProofAsk) -> ProofAnswer:
+            whole = await truths[1](ask)
+            return msgspec.structs.replace(whole, item=whole.item[:-1])
+
+        async def of_paris(ask: ProofAsk) -> ProofAnswer:
+            stolen = await paris[0].cells._answer(msgspec.structs.replace(ask, network_id=bytes(paris.manifest.network_id)))
+            return msgspec.structs.replace(stolen, network_id=ask.network_id)
+
+        async def silent(_: ProofAsk) -> ProofAnswer:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        for index, lie in enumerate((of_paris, cut, silent)):
+            monkeypatch.setattr(berlin[index].cells, "_answer", lie)
+        for _ in range(6):
+            found = await read(root, "berlin", "value", f"{ACCOUNT}/color")
+            assert (found["value"]["text"], found["proof"]["server"]) == ("blue", "n3")
+        monkeypatch.setattr(berlin[3].cells, "_answer", of_paris)
+        answer = await post(root, "/v1/cells/read", cell="berlin", kind="value", id=f"{ACCOUNT}/color")
+        assert answer.error() == (503, "unavailable")
+        text = answer.json()["error"]["message"]
+        assert "n0: proof refused, certificate: no quorum" in text
+        assert "n1: proof refused, path: " in text
+        assert "n2: " in text
 
 
 async def test_the_root_is_named_by_a_quorum_and_for_good(tmp_path: Path, jumping_clock: trio.abc.Clock) -> None:

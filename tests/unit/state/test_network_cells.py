@@ -206,7 +206,7 @@ KEYS_VALUE: list[Any] = [NEW, RECOVERY, []]
 
 def apply(link: RootLink, accounts: Accounts, event: AccountImported, account: str = ACCOUNT) -> None:
     keys = link.read_import(account, event, verify=verify_ed25519)
-    assert accounts.adopt(account, key=keys.key, recovery_key=keys.recovery_key) == ""
+    accounts.adopt(account, key=keys.key, recovery_key=keys.recovery_key)
     link.note_import(account, keys)
 
 
