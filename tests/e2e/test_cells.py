@@ -16,7 +16,7 @@ from formation.core.keys import KeyPair, read_key_file, write_key_file
 from formation.core.manifest import Draft
 from tests.e2e.conftest import Commands, wait_for
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @dataclass

@@ -148,7 +148,7 @@ def test_that_there_is_no_record_is_an_answer(run: Run, node: FakeNode) -> None:
 
 def test_the_root_is_named_and_shown(run: Run, node: FakeNode, manifest_file: str) -> None:
     """While others must say the same the exit status is 8, and the hint is what they type."""
-    root = {"network_id": "", "network": "", "epoch": None, "voters": [], "servers": []}
+    root: dict[str, Any] = {"network_id": "", "network": "", "epoch": None, "voters": [], "servers": []}
     node.answers |= {
         "POST cells/links": {"epoch": 0, "groups": [], "proof": PROOF},
         "POST root": root | {"agreed": ["n1"], "agreed_count": 1, "needed_count": 3},
