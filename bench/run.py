@@ -10,6 +10,7 @@ SCENARIOS = {
     "state": "bench.micro.state_core",
     "store": "bench.micro.store",
     "join": "bench.micro.state_join",
+    "cells": "bench.micro.cells",
     "load": "bench.macro.state_load",
     "failover": "bench.macro.state_failover",
     "idle": "bench.macro.idle",

@@ -44,6 +44,12 @@ ACCOUNT_FIELDS = (
     Column("Delegations", lambda account: "\n".join(map(_delegation, account["delegations"])) or "none"),
     Column("Uses", lambda account: f"{account['object_count']} objects, {format_size(int(account['size_bytes']))}"),
 )
+IMPORT_FIELDS = (
+    Column("Account", lambda account: str(account["account_id"])),
+    Column("Key in force", lambda account: str(account["key"])),
+    Column("Recovery key", lambda account: str(account["recovery_key"]) or "none"),
+    Column("As of", lambda account: f"height {account['root_height']} of the root"),
+)
 GRANT_COLUMNS = (
     Column("ACCOUNT", lambda grant: str(grant["account_id"]), whole=True),
     Column("HANDLE", lambda grant: str(grant["handle"])),
@@ -99,6 +105,18 @@ def rotate(
     store.finish_rotation()
     _say_account(cli, account_id, f"The account's key is a new one: {store.path}")
     cli.out.hint(f"The old one is void: {store.old_path}. Copies of the key that you keep elsewhere are, too.")
+
+
+@command(group, "import", examples=("formation account import", "formation account import did:key:z6Mk… -o json"))
+def import_account(
+    cli: Cli, account: Annotated[str | None, typer.Argument(metavar="[ACCOUNT]", help="Default: this machine's.")] = None
+) -> None:
+    """Take the account's keys over from the root cell, proven: after a rotation there, in each cell where it matters."""
+    from formation.cli.client import segment
+
+    account_id = own_id(cli) if account is None else find_account(cli, account)
+    shown = cli.client.post_json(f"/v1/accounts/{segment(account_id)}/import", {})
+    cli.out.record(shown, IMPORT_FIELDS, name="account_id")
 
 
 @command(

@@ -46,6 +46,11 @@ DIFF_COLUMNS = (
     Column("THERE", lambda lane: _head(lane["there"])),
     Column("BRANCH", lambda lane: "FORKED" if lane["is_forked"] else "same"),
 )
+CHECKPOINT_FIELDS = (
+    Column("Height", lambda made: str(made["height"])),
+    Column("Root", lambda made: str(made["root"])),
+    Column("Time", lambda made: _when(made["time_ms"])),
+)
 EVIDENCE_FIELDS = (
     Column("Network", lambda found: f"{found['network']}\n{found['network_id']}"),
     Column("Height", lambda found: str(found["height"])),
@@ -97,6 +102,12 @@ def show_diff(cli: Cli, peer: Annotated[str, typer.Argument(metavar="PEER", help
         if not diff["is_same"]:
             cli.out.hint("\nWhat moves differs for moments; look again.")
     return 0 if diff["is_same"] else 1
+
+
+@command(group, "checkpoint", examples=("formation state checkpoint",))
+def make_checkpoint(cli: Cli) -> None:
+    """Make a checkpoint now, on a voter's machine: for a fresh export, or for readers in other cells."""
+    cli.out.record(cli.client.post_json("/v1/state/checkpoint", {}), CHECKPOINT_FIELDS, name="root")
 
 
 @command(group, "export", examples=("formation state export backup.cborseq",))

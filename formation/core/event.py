@@ -64,6 +64,14 @@ class Seat(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=T
     """Multiaddrs without /p2p."""
 
 
+ManifestBytes = Annotated[bytes, msgspec.Meta(min_length=1, max_length=24 * 1024)]
+"""CBOR of a SignedGenesis (core/manifest.py): 31 voters with two addresses each take 10 KiB."""
+Links = Annotated[tuple[Annotated[bytes, msgspec.Meta(max_length=48 * 1024)], ...], msgspec.Meta(max_length=16)]
+"""CBOR of a FinalChain for each change of a committee; who is further behind says it in several operations."""
+Servers = Annotated[tuple[Seat, ...], msgspec.Meta(max_length=31)]
+"""Nodes that answer for a network; none: its founders. Hints only: what they say is proven."""
+
+
 class Topic(StrEnum):
     """One gossip topic and one block kind for each container's events."""
 
@@ -94,6 +102,8 @@ class RecordKind(StrEnum):
     VALUE = "value"
     CLAIM = "claim"
     COMMITTEE = "committee"
+    CELL = "cell"
+    """A cell of the network in the state of its root; not to be taken for the cells that records are kept in."""
 
 
 class Effect(Enum):
@@ -515,6 +525,64 @@ class DelegationRevoked(AccountEvent, frozen=True, kw_only=True):
     node_id: ActorId
 
 
+class AccountImported(Event, frozen=True, kw_only=True):
+    """Object id: the account. A node carries a proof of how the account's keys stand in the root cell.
+
+    Whoever carries it: the proof speaks for itself (see state/root_link.py).
+    """
+
+    verb, topic, record, op_class = "account.imported", Topic.ACCOUNT, RecordKind.ACCOUNT, OpClass.ORDERED
+    effect, writer = Effect.ORDERED, Writer.NODE
+
+    links: Links
+    checkpoint: Annotated[bytes, msgspec.Meta(min_length=1)]
+    """CBOR of the FinalChain whose first proposal carries the root's newest checkpoint."""
+    item: Annotated[bytes, msgspec.Meta(min_length=1)]
+    """CBOR of the ItemProof of the root's item `account/ACCOUNT_ID`."""
+
+
+# ── cells: other networks, by name ──────────────────────────────────────────────────────────────────────────────────
+
+
+class CellEvent(Event, frozen=True, kw_only=True):
+    """Base of what is said in a root cell about a cell; object id: `cell/NAME` (see state/network_cells.py)."""
+
+    topic: ClassVar[Topic] = Topic.CLAIM
+    record: ClassVar[RecordKind] = RecordKind.CELL
+    op_class: ClassVar[OpClass] = OpClass.ORDERED
+    effect: ClassVar[Effect] = Effect.ORDERED
+    writer: ClassVar[Writer] = Writer.ACCOUNT
+
+
+class CellRecorded(CellEvent, frozen=True, kw_only=True):
+    """Gives a cell a name that nobody has, or renews what is recorded of it: only its owner may."""
+
+    verb = "cell.recorded"
+
+    manifest: ManifestBytes
+    servers: Servers
+    links: Links
+    """From the committee that is recorded (or the founders) to the newest."""
+
+
+class CellRemoved(CellEvent, frozen=True, kw_only=True):
+    """The owner lets the name go."""
+
+    verb = "cell.removed"
+
+
+class RootNamed(Event, frozen=True, kw_only=True):
+    """Object id: `root`. A voter's operator says which network is the root of this one; in force when 2f+1 said the same."""
+
+    verb, topic, record, op_class = "root.named", Topic.COMMITTEE, RecordKind.COMMITTEE, OpClass.ORDERED
+    effect, writer = Effect.ORDERED, Writer.VOTER
+
+    manifest: ManifestBytes
+    servers: Servers
+    links: Links
+    """As in a cell's record."""
+
+
 # ── the committee ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -528,6 +596,13 @@ class CommitteeProposed(Event, frozen=True, kw_only=True):
     effect, writer = Effect.ORDERED, Writer.VOTER
 
     voters: Annotated[tuple[Seat, ...], msgspec.Meta(min_length=1, max_length=31)]
+
+
+class CheckpointWanted(Event, frozen=True, kw_only=True):
+    """Object id: `checkpoint`. A voter's operator wants a checkpoint now: for a fresh export, or for readers of other cells."""
+
+    verb, topic, record, op_class = "checkpoint.wanted", Topic.COMMITTEE, RecordKind.COMMITTEE, OpClass.ORDERED
+    effect, writer = Effect.ORDERED, Writer.VOTER
 
 
 class NodeAdmitted(Event, frozen=True, kw_only=True):
@@ -580,6 +655,11 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     OwnershipTransferred,
     DelegationGiven,
     DelegationRevoked,
+    AccountImported,
+    CellRecorded,
+    CellRemoved,
+    RootNamed,
+    CheckpointWanted,
     CommitteeProposed,
     NodeAdmitted,
     NodeDismissed,

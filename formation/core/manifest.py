@@ -17,8 +17,8 @@ from typing import Any
 
 import msgspec
 
-from formation.core.codec import Context, encode, sha256, sign_value, signed_bytes, verify_ed25519
-from formation.core.errors import NotFoundError, UsageError
+from formation.core.codec import Context, Verify, decode, encode, sha256, sign_value, signed_bytes, verify_ed25519
+from formation.core.errors import DecodeError, NotFoundError, UsageError
 from formation.core.ids import PUBLIC_KEY_SIZE_BYTES, NetworkId, NodeId, check_label, node_id_of, public_key_of_node
 from formation.core.keys import KeyPair
 
@@ -61,10 +61,17 @@ class Signature(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fie
     signature: bytes
 
 
+class SignedGenesis(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """The manifest's form in CBOR: array of two."""
+
+    genesis: Genesis
+    signatures: tuple[Signature, ...]
+
+
 class Manifest:
     """A genesis with valid signatures of all its voters; immutable."""
 
-    def __init__(self, genesis: Genesis, signatures: Sequence[Signature]) -> None:
+    def __init__(self, genesis: Genesis, signatures: Sequence[Signature], *, verify: Verify = verify_ed25519) -> None:
         """Check the genesis and its signatures.
 
         Raises:
@@ -74,7 +81,7 @@ class Manifest:
         self.genesis = genesis
         self.signatures = tuple(signatures)
         message = signed_bytes(Context.MANIFEST, network_id=self.network_id, payload=encode(genesis))
-        signed = {s.public_key for s in signatures if verify_ed25519(s.public_key, message, s.signature)}
+        signed = {s.public_key for s in signatures if verify(s.public_key, message, s.signature)}
         missing = [v.name for v in genesis.voters if v.public_key not in signed]
         if missing:
             raise UsageError(
@@ -110,6 +117,25 @@ class Manifest:
     def to_toml(self) -> str:
         """The file form; `read_manifest` of it gives this manifest."""
         return _to_toml(self.genesis, {s.public_key: s.signature for s in self.signatures})
+
+    def to_cbor(self) -> bytes:
+        """CBOR of the SignedGenesis; `parse_manifest` of it gives this manifest."""
+        return encode(SignedGenesis(self.genesis, self.signatures))
+
+
+def parse_manifest(raw: bytes, *, verify: Verify = verify_ed25519) -> Manifest:
+    """A manifest from the wire; all signatures are checked.
+
+    Raises:
+      DecodeError: it is none.
+    """
+    value = decode(raw, SignedGenesis, what="manifest")
+    if len(value.signatures) > VOTER_COUNT_MAX or any(len(s.signature) != 64 for s in value.signatures):
+        raise DecodeError("manifest: signatures out of bounds")
+    try:
+        return Manifest(value.genesis, value.signatures, verify=verify)
+    except UsageError as exc:
+        raise DecodeError(exc.message) from exc
 
 
 class Founding:

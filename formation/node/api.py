@@ -38,12 +38,14 @@ from formation.core.event import ImageBuilt, ImageHeld
 from formation.core.ids import check_label
 from formation.core.units import format_size
 from formation.node.attach import Attach, AttachRequest
+from formation.node.cell_api import CellApi
 from formation.node.door import INTENT_SIZE_MAX_BYTES, Door
 from formation.node.reads import Reads
 from formation.node.state_api import REQUEST_SIZE_MAX_BYTES, Ask, Download, StateApi, StateRoute
 from formation.node.stream import KEEP_ALIVE, KEEP_ALIVE_S, Filter, sse_change, sse_gap
 from formation.node.upload import inside, receive_context
 from formation.pack.service import BuildProgress, PackService
+from formation.state.cell_reader import CellReader
 from formation.state.service import Gap
 
 log = structlog.get_logger(__name__)
@@ -83,6 +85,7 @@ class ApiParts:
     pack: PackService
     attach: Attach
     door: Door
+    cells: CellReader
 
 
 def make_api(parts: ApiParts) -> Application:
@@ -104,6 +107,7 @@ def make_api(parts: ApiParts) -> Application:
             Route("/v1/intents", api.post_intent, methods=["POST"]),
             Route("/v1/events", api.get_events),
             *map(_state_route, StateApi(parts.reads).routes()),
+            *map(_state_route, CellApi(parts.reads, parts.cells, parts.door).routes()),
         ],
         exception_handlers={
             FormationError: _formation_error,

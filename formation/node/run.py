@@ -119,7 +119,7 @@ async def _advertise(node: Node, addresses: tuple[str, ...]) -> None:
 
 
 async def _start_api(rooms: trio.Nursery, node: Node) -> None:
-    app = make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door))
+    app = make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells))
     path = node.settings.api_socket
     with _listen_errors(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

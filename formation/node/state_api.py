@@ -24,7 +24,7 @@ from formation.core.errors import (
     UnavailableError,
     UsageError,
 )
-from formation.core.event import CommitteeProposed, Event, NodeAdmitted, NodeDismissed, Seat
+from formation.core.event import CheckpointWanted, CommitteeProposed, Event, NodeAdmitted, NodeDismissed, Seat
 from formation.core.ids import NodeId, node_id_of
 from formation.node.reads import Reads
 from formation.node.state_reads import StateReads, names_of, parse_seat
@@ -38,6 +38,8 @@ from formation.state.spine import Spine
 
 # Below the client's patience with an intent; what was written takes effect by itself later.
 FINAL_TIMEOUT_S = 20.0
+# A voter stores a checkpoint in its turn, a second or two after it was agreed on.
+CHECKPOINT_LOOK_S = 0.1
 # A peer answers from memory.
 PEER_TIMEOUT_S = 10.0
 REQUEST_SIZE_MAX_BYTES = 64 * 1024
@@ -92,6 +94,7 @@ class StateApi:
             StateRoute("GET", "/v1/state", self.get_state),
             StateRoute("GET", "/v1/state/diff", self.get_diff),
             StateRoute("GET", "/v1/state/export", self.get_export),
+            StateRoute("POST", "/v1/state/checkpoint", self.post_checkpoint),
             StateRoute("GET", "/v1/voters", self.get_voters),
             StateRoute("POST", "/v1/voters", self.post_voters),
             StateRoute("GET", "/v1/ops/{ref}", self.get_op),
@@ -195,6 +198,28 @@ class StateApi:
                 raise UnavailableError("a newer checkpoint was stored meanwhile", hint="try again")
             yield evidence.bucket_values(held.items())
 
+    async def post_checkpoint(self, ask: Ask) -> Answer:
+        """Make a checkpoint now; answers when this node has stored it.
+
+        Raises:
+          DeniedError: not by the unix socket, or this node does not vote.
+          ConflictError: the last one is too young.
+          QuorumError: not agreed on in time.
+        """
+        self._check_operator(ask, "checkpoints are asked for on a voter's own machine")
+        await self._say(CheckpointWanted(), "checkpoint")
+        height = self._state.replica.due_checkpoint_height
+        with trio.move_on_after(FINAL_TIMEOUT_S):
+            while self._state.status().checkpoint_height < height:  # noqa: ASYNC110 - stored in a turn of its own, no event says so
+                await trio.sleep(CHECKPOINT_LOOK_S)
+        shown = self._shown.state()["checkpoint"]
+        if shown is None or shown["height"] < height:
+            raise QuorumError(
+                "a checkpoint is due, and not agreed on in time",
+                hint="it comes by itself when a quorum answers: formation state status",
+            )
+        return shown
+
     # ── the committee ───────────────────────────────────────────────────────────────────────────────────────────
 
     async def get_voters(self, _: Ask) -> Answer:
@@ -213,15 +238,8 @@ class StateApi:
           ConflictError: it has no effect; or voters-to-be do not run yet.
           QuorumError: written, and not final in time.
         """
-        if not ask.is_local:
-            raise DeniedError(
-                "who votes is decided on the voter's own machine", hint="run the command there; --host takes its socket"
-            )
-        if not self._state.status().is_voter:
-            raise DeniedError(
-                "this node does not vote, so it has no word in this", hint="run it on a voter: formation voter list"
-            )
-        wish = _json_object(ask.body)
+        self._check_operator(ask, "who votes is decided on the voter's own machine")
+        wish = json_object(ask.body)
         action = wish.get("action")
         committee = self._state.replica.state.committee
         epoch = committee.committee.epoch
@@ -237,6 +255,14 @@ class StateApi:
             case _:
                 raise UsageError(f"no action {str(action)[:40]!r}", hint="propose, withdraw, admit or dismiss")
         return self._shown.voters()
+
+    def _check_operator(self, ask: Ask, refusal: str) -> None:
+        if not ask.is_local:
+            raise DeniedError(refusal, hint="run the command there; --host takes its socket")
+        if not self._state.status().is_voter:
+            raise DeniedError(
+                "this node does not vote, so it has no word in this", hint="run it on a voter: formation voter list"
+            )
 
     def _wanted_seats(self, add: list[str], remove: list[str], *, is_forced: bool) -> tuple[Seat, ...]:
         seats = self._state.replica.state.committee.seats
@@ -366,7 +392,12 @@ def _row(row: sync.FrontierRow | None) -> dict[str, Any] | None:
     return {"head_seq": row.seq, "certified_seq": row.certified_seq, "is_frozen": row.is_frozen}
 
 
-def _json_object(body: bytes) -> dict[str, Any]:
+def json_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in a request's body.
+
+    Raises:
+      UsageError: there is none.
+    """
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as exc:

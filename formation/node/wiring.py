@@ -23,6 +23,7 @@ from formation.node.reads import Reads
 from formation.node.settings import NodeSettings, offered_capacity
 from formation.p2p.service import P2pService
 from formation.pack.service import PackService
+from formation.state.cell_reader import CellReader
 from formation.state.disk import DiskStore
 from formation.state.service import StateService
 from formation.state.store import Store
@@ -49,6 +50,7 @@ class Node:
     reads: Reads
     attach: Attach
     door: Door
+    cells: CellReader
 
 
 async def build_node(settings: NodeSettings) -> Node:
@@ -148,4 +150,5 @@ def assemble(
         reads=reads,
         attach=Attach(reads=reads, p2p=p2p),
         door=Door(reads=reads, p2p=p2p),
+        cells=CellReader(manifest=manifest, state=state, p2p=p2p, clock=clock, rng=rng),
     )

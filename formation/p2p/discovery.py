@@ -94,6 +94,17 @@ class Discovery:
         self._table.learn_addresses(node_id, found)
         await self._dial(node_id, found or addresses)
 
+    async def connect_at(self, node_id: NodeId, addresses: tuple[str, ...]) -> bool:
+        """Connect now to a node that need not be known, at these addresses only; False if it was connected already.
+
+        Raises:
+          UnavailableError: it cannot be reached there.
+        """
+        if self._presence.is_up(node_id):
+            return False
+        await self._dial(node_id, addresses)
+        return True
+
     async def _dial(self, node_id: NodeId, addresses: tuple[str, ...]) -> None:
         """One dial at a time to each peer: who comes meanwhile shares its outcome."""
         while (attempt := self._attempts.get(node_id)) is not None:

@@ -98,6 +98,11 @@ class PeerTable:
         """Peers to keep dialled."""
         return tuple(node_id for node_id, peer in self._peers.items() if peer.is_known)
 
+    def is_known(self, node_id: NodeId) -> bool:
+        """Whether it is one to keep dialled."""
+        peer = self._peers.get(node_id)
+        return peer is not None and peer.is_known
+
     def addresses(self, node_id: NodeId) -> tuple[str, ...]:
         """Where to try a peer, best first."""
         peer = self._peers.get(node_id)

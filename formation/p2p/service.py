@@ -33,6 +33,7 @@ from formation.p2p.transport import (
     Validate,
     Verdict,
 )
+from formation.p2p.visits import Visits
 
 __all__ = [
     "FRAME_SIZE_MAX_BYTES",
@@ -94,6 +95,7 @@ class P2pService:
         self._links = Links(transport=transport, linked=linked, presence=self._presence, rng=rng)
         self._discovery = Discovery(transport=transport, table=self._table, presence=self._presence, rng=rng)
         self._requests = Requests(transport)
+        self._visits = Visits(transport, self._discovery, self._table, self._requests)
         self._publisher = Publisher(transport)
         self._subscriber = Subscriber(transport)
         self._peer_callbacks: list[ConnectionCallback] = []
@@ -159,6 +161,16 @@ class P2pService:
         """
         await self._discovery.connect(node_id)
         return await self._requests.ask(node_id, protocol, payload, response_size_max_bytes=response_size_max_bytes)
+
+    async def request_at(
+        self, node_id: NodeId, addresses: tuple[str, ...], protocol: str, payload: bytes, *, response_size_max_bytes: int
+    ) -> bytes:
+        """Ask a node that is no peer of ours (of another network), at these addresses; a connection opened for that is closed.
+
+        Raises:
+          As `request`.
+        """
+        return await self._visits.ask(node_id, addresses, protocol, payload, response_size_max_bytes=response_size_max_bytes)
 
     def serve_requests(self, protocol: str, handler: RequestHandler, *, request_size_max_bytes: int) -> None:
         """Answer requests of a protocol; a FormationError that the handler raises travels to the caller."""

@@ -262,6 +262,20 @@ class Accounts:
         self._settle(account_id, account)
         return ""
 
+    def has_own_keys(self, account_id: str) -> bool:
+        """Whether another key than its first, or a recovery key, was given to the account in this network."""
+        account = self._accounts.get(account_id)
+        return account is not None and (bool(account.recovery_key) or account.key != _first_key(account_id))
+
+    def adopt(self, account_id: str, *, key: bytes, recovery_key: bytes) -> None:
+        """Take over the keys that the root cell has for an account (`root_link`); an empty key is its first one."""
+        account = self._account(account_id)
+        key = key or _first_key(account_id)
+        if account.key != key:
+            account.delegations.clear()
+        account.key, account.recovery_key = key, recovery_key
+        self._settle(account_id, account)
+
     def delegate(self, account_id: str, node_id: str, given: Delegation, now_ms: int) -> str:
         """Let a node write in the account's name, in place of what it might before."""
         if given.expires_ms <= now_ms:

@@ -5,7 +5,7 @@ The final state is a set of items (section, id) → value, a value being canonic
     item    CBOR array [section, id, value]
     bucket  items of one number: the first 12 bits of SHA-256(CBOR [section, id]); ordered by the bytes of CBOR [section, id]
     content CBOR array of a bucket's items; no bytes at all for an empty bucket. What the store keeps.
-    piece   a run of a bucket's items as a CBOR array of its own: as many as fit into 64 KiB, at least one. An ordinary
+    piece   a run of a bucket's items as a CBOR array of its own: as many as fit into 32 KiB, at least one. An ordinary
             bucket is one piece, and then piece and content are the same bytes.
     leaf    SHA-256(0x00 ‖ number, 2 bytes ‖ SHA-256(0x02 ‖ piece) of each piece)
     node    SHA-256(0x01 ‖ its 16 children); three levels of nodes over 4,096 leaves, the last is the root
@@ -20,7 +20,7 @@ salt that voters know. So a crowded bucket must do no harm beyond the bytes in i
 account):
 - Work: a dirty bucket is encoded and hashed once a checkpoint however many of its items changed, so a checkpoint never
   costs more than hashing the whole state once, crowded or not; one change costs a binary search.
-- Transfer: peers are asked for pieces, each checked by itself. The largest is 64 KiB, or one item where that is larger.
+- Transfer: peers are asked for pieces, each checked by itself. The largest is 32 KiB, or one item where that is larger.
 - Proofs: one or two pieces and 32 bytes for each other piece of the bucket: 0.1 % of what was crowded into it.
 
 Snapshots. Who trusts a root (it stands in a final proposal, signed by a quorum) asks one peer for the head, which lists
@@ -51,20 +51,23 @@ FANOUT = 16
 LEVEL_COUNT = 3
 assert FANOUT**LEVEL_COUNT == BUCKET_COUNT
 
-# Fits four times into one frame of p2p with room to spare; an ordinary bucket (200,000 objects of 300 bytes: 15 KB) is one.
-PIECE_SIZE_BYTES = 64 * 1024
+# An ordinary bucket (200,000 objects of 300 bytes: 15 KB) is one. A proof of one small item must fit into an operation of
+# 64 KiB with its certificate (`root_link`), however crowded the bucket is.
+PIECE_SIZE_BYTES = 32 * 1024
 # A piece has at least one item, and a chunk at least one piece. The fold bounds what an object may become below this.
 ITEM_SIZE_MAX_BYTES = 960 * 1024
 # design/state section 7. A gigabit link carries one in 8 ms, and a peer that answers wrongly wastes no more than this.
 CHUNK_SIZE_MAX_BYTES = 1024 * 1024
-# Asked for at once: pieces are mostly smaller than 64 KiB, and the server stops at the size.
+# Asked for at once: pieces are mostly smaller than 32 KiB, and the server stops at the size.
 CHUNK_PIECE_COUNT_MAX = 128
-# 32,000 pieces: no two neighbours fit into one, so that is a state of 1 GB at least, above every memory ceiling of ours.
+# 32,000 pieces: no two neighbours fit into one, so that is a state of 512 MB at least, above every memory ceiling of ours.
 SNAPSHOT_HEAD_SIZE_MAX_BYTES = 1024 * 1024
 
 # design/state section 7: what a joiner replays after the snapshot, and how long an active network goes without one.
 CHECKPOINT_OP_COUNT = 50_000
 CHECKPOINT_INTERVAL_MS = 60_000
+# What voters' operators ask for beside that: storing one takes a node some tenths of a second in which it commits nothing.
+CHECKPOINT_WANTED_INTERVAL_MS = 5_000
 
 # Items of which the beginning and the bucket are kept at hand, 300 bytes each: what is written again between two checkpoints.
 PLACE_CACHE_COUNT_MAX = 16_384
@@ -582,7 +585,7 @@ def _first_pieces(head: SnapshotHead) -> list[int]:
 
 
 def _cut(items: Sequence[bytes]) -> list[list[bytes]]:
-    """Runs of items: a new one begins with the item that would make the old one larger than 64 KiB."""
+    """Runs of items: a new one begins with the item that would make the old one larger than 32 KiB."""
     runs: list[list[bytes]] = []
     room = 0
     for item in items:

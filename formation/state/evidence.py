@@ -30,9 +30,9 @@ from itertools import pairwise
 import msgspec
 
 from formation.core.codec import Verify, decode, encode
-from formation.core.errors import DecodeError, UsageError
+from formation.core.errors import DecodeError
 from formation.core.ids import NetworkId
-from formation.core.manifest import VOTER_COUNT_MAX, Genesis, Manifest, Signature
+from formation.core.manifest import VOTER_COUNT_MAX, Manifest, parse_manifest
 from formation.state.ack import ack_signature_holds, parse_ack
 from formation.state.checkpoint import BUCKET_COUNT, SnapshotAssembly, StateTree, parse_snapshot_head
 from formation.state.committee import Committee
@@ -61,13 +61,6 @@ class Format(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields
 
     name: str
     version: int
-
-
-class Origin(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """The network's manifest: array of two."""
-
-    genesis: Genesis
-    signatures: tuple[Signature, ...]
 
 
 class Bucket(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -181,7 +174,7 @@ def _begin(data: bytes, wanted: tuple[str, int]) -> tuple[Manifest, tuple[bytes,
     found = decode(_next(values), Format, what="file format")
     if (found.name, found.version) != wanted:
         raise DecodeError(f"file: {found.name[:40]!r} of version {found.version}, and not {wanted[0]!r} of version {wanted[1]}")
-    manifest = _manifest(decode(_next(values), Origin))
+    manifest = parse_manifest(_next(values))
     links = decode(_next(values), tuple[bytes, ...], what="links")
     if len(links) > LINK_COUNT_MAX:
         raise DecodeError(f"file: {len(links)} links, the limit is {LINK_COUNT_MAX}")
@@ -195,17 +188,8 @@ def _next(values: Iterator[bytes]) -> bytes:
     return value
 
 
-def _manifest(origin: Origin) -> Manifest:
-    if len(origin.signatures) > VOTER_COUNT_MAX or any(len(s.signature) != 64 for s in origin.signatures):
-        raise DecodeError("file: signatures of the manifest out of bounds")
-    try:
-        return Manifest(origin.genesis, origin.signatures)
-    except UsageError as exc:
-        raise DecodeError(f"file: {exc.message}") from exc
-
-
 def _head_values(wanted: tuple[str, int], manifest: Manifest, links: Sequence[bytes]) -> tuple[bytes, ...]:
-    return encode(Format(*wanted)), encode(Origin(manifest.genesis, manifest.signatures)), encode(list(links))
+    return encode(Format(*wanted)), manifest.to_cbor(), encode(list(links))
 
 
 def founders_of(manifest: Manifest) -> Committee:

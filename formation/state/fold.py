@@ -20,10 +20,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from formation.core.codec import HASH_SIZE_BYTES, decode, decode_own, encode
-from formation.core.errors import DecodeError, UsageError
+from formation.core.codec import HASH_SIZE_BYTES, Verify, decode, decode_own, encode, verify_ed25519
+from formation.core.errors import DecodeError, FormationError, UsageError
 from formation.core.event import (
     AccountEvent,
+    AccountImported,
+    AccountKeyRotated,
+    AccountRecoverySet,
+    CellEvent,
+    CellRecorded,
+    CheckpointWanted,
     ClaimEvent,
     ClaimMade,
     ClaimReleased,
@@ -36,6 +42,7 @@ from formation.core.event import (
     NodeDismissed,
     OwnershipTransferred,
     RecordKind,
+    RootNamed,
     ValuePut,
     ValueRemoved,
     VmClaimed,
@@ -46,17 +53,21 @@ from formation.core.event import (
     VmRequested,
     Writer,
 )
-from formation.core.ids import public_key_of_account, public_key_of_node
+from formation.core.ids import NetworkId, public_key_of_account, public_key_of_node
 from formation.core.intent import LIFETIME_MS
 from formation.state.accounts import OTHER_OBJECTS, Accounts, Actor, Intents
 from formation.state.cells import Cell, author_of
+from formation.state.checkpoint import CHECKPOINT_WANTED_INTERVAL_MS
 from formation.state.claims import SPACES, Claims, Lease
 from formation.state.crdt import ORValue
 from formation.state.judge import Judged
 from formation.state.lane import INCARNATION_SIZE_BYTES, LANE_ID_SIZE_BYTES, LaneId, lane_incarnation, lane_key
 from formation.state.membership import CommitteeState
+from formation.state.network_cells import NetworkCells, cell_name, make_record
 from formation.state.overlay import Overlay
 from formation.state.quota import Quotas
+from formation.state.root_link import OBJECT_ID as ROOT_ID
+from formation.state.root_link import RootLink
 
 PLACEMENT = "placement"
 NO_SUCH_OBJECT = "no such object"
@@ -100,14 +111,19 @@ class State:
         *,
         genesis_hash: bytes,
         read_item: Callable[[str, str], bytes | None] = lambda _section, _identity: None,
+        verify: Verify = verify_ed25519,
     ) -> None:
         """Begin at the genesis.
 
         Args:
+          genesis_hash: the network's id.
+          verify: checks one signature, of what other networks' committees signed.
           read_item: (section, id) → the value that `take_dirty` or `load_items` last gave or took: where cells that are
             seldom asked for are kept, encoded.
         """
         self._read_item = read_item
+        self._verify = verify
+        self._network_id = NetworkId(genesis_hash)
         self.height = 0
         self.hash = genesis_hash
         self.time_ms = 0
@@ -119,12 +135,24 @@ class State:
         self.checkpoint_op_count = 0
         self.checkpoint_time_ms = 0
         """Where the last checkpoint was due."""
+        self.is_checkpoint_wanted = False
+        """A voter asked for one at this height."""
         self.committee = committee
         self.accounts = Accounts(is_voter=lambda node_id: node_id in committee.committee.node_ids)
         self.intents = Intents()
         self.claims = Claims()
         self.quotas = Quotas()
-        self._sections = (self.accounts, self.intents, self.claims, self.committee, self.quotas)
+        self.network_cells = NetworkCells()
+        self.root_link = RootLink()
+        self._sections = (
+            self.accounts,
+            self.intents,
+            self.claims,
+            self.committee,
+            self.quotas,
+            self.network_cells,
+            self.root_link,
+        )
         self._intent_ms = 0
         """Time of the height before: what waited through an outage of the spine is judged by the time before it."""
         self.lanes: dict[LaneId, Ended] = {}
@@ -409,6 +437,14 @@ class State:
                 return self._claim(op, event, fence)
             case AccountEvent():
                 return self._apply_account(op, event)
+            case AccountImported():
+                return self._import_account(op, event)
+            case CellEvent():
+                return self._keep_cell(op, event, fence)
+            case RootNamed():
+                return self._name_root(op, event)
+            case CheckpointWanted():
+                return self._want_checkpoint()
             case CommitteeProposed():
                 return self.committee.apply(lane_key(op.lane), event, op.object_id, height=self.height)
             case NodeAdmitted():
@@ -497,7 +533,84 @@ class State:
         except UsageError:
             return False
 
+    def _want_checkpoint(self) -> str:
+        since_ms = self.time_ms - self.checkpoint_time_ms
+        if since_ms < CHECKPOINT_WANTED_INTERVAL_MS:
+            return f"the last checkpoint (or the beginning) is {since_ms} ms old, {CHECKPOINT_WANTED_INTERVAL_MS} at least"
+        self.is_checkpoint_wanted = True
+        return ""
+
+    def _name_root(self, op: Judged, event: RootNamed) -> str:
+        if op.object_id != ROOT_ID:
+            return f"the root's object is {ROOT_ID!r}"
+        return self.root_link.name_root(
+            lane_key(op.lane), event, committee=self.committee.committee, own=self._network_id, verify=self._verify
+        )
+
+    def _import_account(self, op: Judged, event: AccountImported) -> str:
+        account_id = op.object_id
+        link, accounts = self.root_link, self.accounts
+        # The root may hold whatever its voters like; here only what is an account's id gets keys.
+        if not accounts.key_in_force(account_id):
+            return "not an account id"
+        if not link.imported_height(account_id) and accounts.has_own_keys(account_id):
+            return "the account's keys were changed here before this network had a root"
+        try:
+            keys = link.read_import(account_id, event, verify=self._verify)
+        except FormationError as exc:
+            return exc.message
+        if not link.imported_height(account_id):
+            # The carrier's, not the account's: one that has used its quota up must be able to change its key.
+            void = self.quotas.charge(op.node_id, objects=1, size_bytes=IMPORT_CHARGE_BYTES)
+            if void:
+                return void
+        accounts.adopt(account_id, key=keys.key, recovery_key=keys.recovery_key)
+        link.note_import(account_id, keys)
+        return ""
+
+    def _keep_cell(self, op: Judged, event: CellEvent, fence: tuple[int, int]) -> str:
+        """Give, renew or free a cell's name; that the account owns it was asked before (`Accounts.authorise`)."""
+        name = cell_name(op.object_id)
+        known = self.network_cells.get(name)
+        if not isinstance(event, CellRecorded):
+            if known is None:
+                return "no such cell"
+            self.network_cells.remove(name)
+            self.accounts.disown(op.object_id)
+            self.quotas.refund(op.account, objects=1, size_bytes=known.charged)
+            return ""
+        if known is None and self.network_cells.is_full:
+            return "the root holds as many cells as it may"
+        try:
+            record = make_record(event, known, fence=fence, verify=self._verify)
+        except FormationError as exc:
+            return exc.message
+        growth = record.charged - (0 if known is None else known.charged)
+        void = self.quotas.charge(op.account, objects=int(known is None), size_bytes=growth)
+        if void:
+            return void
+        if known is None:
+            void = self.accounts.own(op.object_id, op.account)
+            assert not void
+        self.network_cells.put(name, record)
+        return ""
+
+    def _hand_cell_over(self, op: Judged, event: OwnershipTransferred, charged: int) -> str:
+        void = self.quotas.move(op.account, to=event.to, objects=1, size_bytes=charged)
+        if void:
+            return void
+        void = self.accounts.apply(op.account, event, op.object_id, self.time_ms)
+        if void:
+            self.quotas.move(event.to, to=op.account, objects=1, size_bytes=charged)
+        return void
+
     def _apply_account(self, op: Judged, event: AccountEvent) -> str:
+        if self.root_link.root is not None and isinstance(event, AccountKeyRotated | AccountRecoverySet):
+            return "keys are changed in the root cell: do it there, then formation account import"
+        if isinstance(event, OwnershipTransferred):
+            record = self.network_cells.get(cell_name(op.object_id))
+            if record is not None:
+                return self._hand_cell_over(op, event, record.charged)
         cell = self._find(_VM, op.object_id)
         if isinstance(event, OwnershipTransferred) and cell is not None and not cell.is_deleted:
             void = self.quotas.move(cell.owner, to=event.to, objects=1, size_bytes=cell.charged)
@@ -535,6 +648,7 @@ class State:
         assert height == self.height + 1
         assert time_ms >= self.time_ms
         self._intent_ms = self.time_ms
+        self.is_checkpoint_wanted = False
         if height == 1:
             # The first checkpoint is counted from here: the spine has no time before.
             self.checkpoint_time_ms = self._intent_ms = time_ms
@@ -716,6 +830,8 @@ class State:
                 raise DecodeError(f"snapshot item of unknown section {section[:40]!r}")
 
 
+# An item of two keys and one of a height.
+IMPORT_CHARGE_BYTES = 512
 # More nodes than one committee can take the blocks of; larger networks are cells (design/state section 7).
 ADMITTED_COUNT_MAX = 1024
 

@@ -54,6 +54,7 @@ from formation.core.intent import SignedIntent, intent_signature_holds, is_timel
 from formation.core.spec import Resources, VmSpec, VmStatus, check_vm_spec
 from formation.state.crdt import INDEX_SIZE_BYTES, REMOVE_PAIR_COUNT_MAX, Stamp, stamp_of
 from formation.state.lane import BLOCK_OP_COUNT_MAX, Block, Entry, lane_key
+from formation.state.network_cells import check_cell_id
 from formation.state.op import FIELD_COUNT as OP_FIELD_COUNT
 from formation.state.op import check_plain
 
@@ -368,6 +369,8 @@ def check_event(event: Event, *, object_id: str, node_id: str, account: str) -> 
         raise DecodeError("not the id of a vm")
     if record is RecordKind.IMAGE:
         check_digest(object_id)
+    if record is RecordKind.CELL:
+        check_cell_id(object_id)
     if isinstance(event, HolderEvent | VmRequested | ImageBuilt | NodeAdvertised):
         _check_numbers(event_fields(event))
     match event:

@@ -232,7 +232,9 @@ class Replica:
         self._verify = verify
         self._intent_verifier = IntentVerifier(verify, network_id=config.network_id)
         self.tree = StateTree()
-        self.state = State(CommitteeState(config.founders), genesis_hash=config.network_id, read_item=self.tree.get)
+        self.state = State(
+            CommitteeState(config.founders), genesis_hash=config.network_id, read_item=self.tree.get, verify=verify
+        )
         self.lanes = Lanes(
             network_id=config.network_id,
             public_key=config.public_key,
@@ -653,9 +655,10 @@ class Replica:
     # ── checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _capture_if_due(self, *, is_handover: bool) -> None:
-        """A checkpoint is due by operations or time, and always where an epoch begins: joiners begin there too."""
+        """A checkpoint is due by operations or time, when a voter asks, and where an epoch begins: joiners begin there too."""
         state = self.state
-        if not is_handover and not is_checkpoint_due(
+        is_due = is_handover or state.is_checkpoint_wanted
+        if not is_due and not is_checkpoint_due(
             state.op_count - state.checkpoint_op_count, spine_ms=state.time_ms, checkpoint_ms=state.checkpoint_time_ms
         ):
             return
@@ -972,6 +975,11 @@ class Replica:
     def checkpoint_proof(self) -> bytes:
         """CBOR of the FinalChain that vouches for the stored checkpoint; empty: none is stored, or it is not known here."""
         return self._checkpoint_proof
+
+    @property
+    def due_checkpoint_height(self) -> int:
+        """Of the newest checkpoint that was due in this process's life, stored yet or not; 0: none."""
+        return max(self._roots, default=0)
 
     def missing_ranges(self) -> tuple[Range, ...]:
         """Blocks that a final height covers and that are not here."""

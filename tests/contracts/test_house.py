@@ -25,7 +25,7 @@ IMPURE = frozenset(
     }
 )  # fmt: skip
 # Ports, adapters and shells of the state; whatever else is there is a machine or a value.
-STATE_OUTSIDE = frozenset({"disk", "disk_files", "segments", "service", "sqlite", "store", "syncer"})
+STATE_OUTSIDE = frozenset({"cell_reader", "disk", "disk_files", "segments", "service", "sqlite", "store", "syncer"})
 STATE_PURE = sorted(path.stem for path in (PACKAGE / "state").glob("*.py") if path.stem not in STATE_OUTSIDE)
 PURE_MODULES = [
     *(f"core/{name}" for name in ("clock", "codec", "errors", "event", "grants", "ids", "intent", "spec", "units")),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import cbor2
 
-from formation.core.codec import decode, encode_plain, parse_signed, verify_ed25519
+from formation.core.codec import decode, encode, encode_plain, parse_signed, verify_ed25519
 from formation.core.errors import DecodeError
-from formation.core.event import EVENT_TYPES, parse_event
+from formation.core.event import EVENT_TYPES, AccountImported, CellRecorded, RootNamed, event_body, parse_event
+from formation.core.ids import NetworkId
 from formation.core.intent import parse_intent
-from formation.core.manifest import Genesis
+from formation.core.manifest import Genesis, parse_manifest
 from formation.node.attach import AttachRequest
 from formation.node.bulk import FRAME_SIZE_MAX_BYTES, _NotARequest, _write_request
 from formation.node.door import Accepted
@@ -27,6 +29,7 @@ from formation.state.checkpoint import (
     parse_snapshot_range,
     verify_item,
 )
+from formation.state.committee import Committee
 from formation.state.evidence import OpBundle, bucket_values, encode_op_bundle, state_bundle_head, verify_op, verify_state
 from formation.state.final_chain import epoch_of, parse_final_chain
 from formation.state.gossip import unpack_frames
@@ -34,9 +37,12 @@ from formation.state.joining import verify_offer
 from formation.state.judge import judge_block
 from formation.state.lane import NO_HASH, Block, SpineRef, parse_block, parse_evidence
 from formation.state.membership import parse_freeze, parse_handover, parse_link
+from formation.state.network_cells import dump_record, load_record, make_record
 from formation.state.op import check_plain
+from formation.state.remote_cell import follow_links, parse_answer, parse_ask, prove
+from formation.state.root_link import RootLink, account_item
 from formation.state.spine_values import Kind, parse_final, parse_proposal, parse_vote, parse_votes
-from tests.wire.state_values import COMMITTEE, ENTRY, HLC, LANES, MANIFEST, NETWORK_ID, OFFER, TREE, VALUES
+from tests.wire.state_values import ACCOUNT_ID, COMMITTEE, ENTRY, HLC, LANES, MANIFEST, NETWORK_ID, OFFER, SOURCE, TREE, VALUES
 
 ROOT = TREE.root()
 
@@ -91,6 +97,35 @@ def check_offer(data: bytes) -> None:
     parse_snapshot_head(offer.head, root=ref.root)
 
 
+def check_proof(data: bytes) -> None:
+    """A proof of an item with all its signatures taken for good, as a reader takes it."""
+    answer = parse_answer(data)
+    committee = follow_links(COMMITTEE, answer.links, verify=_all_true, network_id=NETWORK_ID)
+    if answer.checkpoint:
+        prove(answer.checkpoint, answer.item, "spine", "", committee=committee, verify=_all_true, network_id=NETWORK_ID)
+
+
+def keep_record(data: bytes) -> None:
+    """What the fold does with a cell's record, in the root and at a reader of the root."""
+    event = parse_event(CellRecorded.verb, data)
+    assert isinstance(event, CellRecorded)
+    load_record(dump_record(make_record(event, None, fence=(1, 0), verify=_all_true)))
+
+
+def take_import(data: bytes) -> None:
+    """What the fold does with an account's import."""
+    link = RootLink()
+    named = RootNamed(manifest=MANIFEST.to_cbor(), servers=(), links=())
+    one = Committee(0, (b"k" * 32,))
+    assert link.name_root(b"k" * 32, named, committee=one, own=NetworkId(b"o" * 32), verify=_all_true) == ""
+    assert link.root is not None
+    link.root = replace(link.root, committee=COMMITTEE)
+    link.load(account_item(ACCOUNT_ID), 1)
+    event = parse_event(AccountImported.verb, data)
+    assert isinstance(event, AccountImported)
+    link.read_import(ACCOUNT_ID, event, verify=_all_true)
+
+
 DECODERS: Mapping[str, tuple[Callable[[bytes], Any], tuple[str, ...]]] = {
     "parse_signed": (parse_signed, ("block signed", "ack signed")),
     "parse_block": (judge_whole_block, ("block signed", "large block")),
@@ -116,6 +151,12 @@ DECODERS: Mapping[str, tuple[Callable[[bytes], Any], tuple[str, ...]]] = {
     "verify_offer": (check_offer, ("offer",)),
     "verify_state": (partial(verify_state, verify=_all_true), ("state file",)),
     "verify_op": (partial(verify_op, verify=_all_true), ("op file",)),
+    "parse_ask": (parse_ask, ("proof ask",)),
+    "parse_answer": (check_proof, ("proof answer",)),
+    "parse_manifest": (partial(parse_manifest, verify=_all_true), ("file origin",)),
+    "cell's record": (keep_record, ("cell record",)),
+    "load_record": (lambda data: load_record(decode(data, list)), ("cells item",)),
+    "account's import": (take_import, ("import",)),
     "unpack_frames": (unpack_frames, ("gossip",)),
     "parse_intent": (parse_intent, ("intent signed",)),
     "genesis": (lambda data: decode(data, Genesis), ("manifest",)),
@@ -144,10 +185,16 @@ LARGE_BLOCK = cose_of(
 )
 STATE_FILE = state_bundle_head(MANIFEST, OFFER) + bucket_values((n, TREE.bucket(n)) for n in range(BUCKET_COUNT))
 OP_FILE = encode_op_bundle(MANIFEST, [], OpBundle(lane=LANES[0], seq=1, index=1, blocks=(ENTRY.raw,), acks=(), final=b""))
+CELL = CellRecorded(manifest=MANIFEST.to_cbor(), servers=(), links=())
+ABSENCE = SOURCE.prove("account", account_item(ACCOUNT_ID))
+IMPORT = AccountImported(links=OFFER.links, checkpoint=OFFER.proof, item=encode(ABSENCE))
 SEEDS = {name: data for name, (_, data) in VALUES.items()} | {
     "large block": LARGE_BLOCK,
     "state file": STATE_FILE,
     "op file": OP_FILE,
+    "cell record": event_body(CELL),
+    "cells item": encode(dump_record(make_record(CELL, None, fence=(1, 0), verify=_all_true))),
+    "import": event_body(IMPORT),
 }
 CORPUS = tuple(data for _, data in VALUES.values() if len(data) < 4096)
 

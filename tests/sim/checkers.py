@@ -54,7 +54,7 @@ from formation.state.replica import RecordKindOf, Replica
 from formation.state.spine import PROPOSALS_PER_VIEW_MAX, VIEW_AHEAD_MAX
 from formation.state.spine_values import Kind, parse_proposal, parse_vote
 from formation.state.store import Record
-from tests.sim.workload import NETWORK_ID
+from tests.sim.workload import NETWORK_ID, fake_verify
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster, Node
@@ -172,7 +172,7 @@ class Checkers:
         self.judge = Judge()
         self._running: dict[str, dict[str, int]] = {}
         """VM → node → until when (virtual ns) the node's hypervisor may run it."""
-        self._mirror = State(CommitteeState(cluster.seats), genesis_hash=NETWORK_ID)
+        self._mirror = State(CommitteeState(cluster.seats), genesis_hash=NETWORK_ID, verify=fake_verify)
         self._tree = StateTree()
 
     # ── what leaves a node ──

@@ -13,9 +13,13 @@ from typing import Any
 
 from formation.core.codec import encode
 from formation.core.event import (
+    AccountImported,
     AccountKeyRotated,
     AccountRecoverySet,
     AccountRegistered,
+    CellRecorded,
+    CellRemoved,
+    CheckpointWanted,
     ClaimMade,
     ClaimReleased,
     ClaimRenewed,
@@ -36,6 +40,7 @@ from formation.core.event import (
     NodeDismissed,
     OpClass,
     OwnershipTransferred,
+    RootNamed,
     Seat,
     Topic,
     ValueCounted,
@@ -66,13 +71,14 @@ from formation.state import sync
 from formation.state.ack import Ack, sign_ack
 from formation.state.checkpoint import Item, SnapshotRange, SnapshotSource, StateTree
 from formation.state.committee import Committee
-from formation.state.evidence import STATE_FORMAT, Bucket, Format, OpBundle, Origin
+from formation.state.evidence import STATE_FORMAT, Bucket, Format, OpBundle
 from formation.state.final_chain import FinalChain
 from formation.state.gossip import pack_frames
 from formation.state.judge import object_id_of
 from formation.state.lane import NO_HASH, Block, Evidence, Head, SpineRef, lane_id, make_incarnation, sign_block
 from formation.state.membership import Freeze, Handover, sign_freeze
 from formation.state.op import PlainOp, delegated_op, event_op, intent_op
+from formation.state.remote_cell import ProofAnswer, ProofAsk
 from formation.state.spine_values import (
     CheckpointRef,
     Kind,
@@ -155,6 +161,11 @@ EVENTS: tuple[Event, ...] = (
     OwnershipTransferred(to=ACCOUNT_ID),
     DelegationGiven(node_id=NODE_ID, verbs=("value.put",), prefix=f"{ACCOUNT_ID}/", expires_ms=NOW_MS),
     DelegationRevoked(node_id=NODE_ID),
+    AccountImported(links=(b"l",), checkpoint=b"c", item=b"i"),
+    CellRecorded(manifest=MANIFEST.to_cbor(), servers=SEATS[:1], links=(b"l",)),
+    CellRemoved(),
+    RootNamed(manifest=MANIFEST.to_cbor(), servers=(), links=()),
+    CheckpointWanted(),
     CommitteeProposed(voters=SEATS),
     NodeAdmitted(),
     NodeDismissed(),
@@ -282,8 +293,12 @@ OFFER = sync.SnapshotOffer((encode(LINK),), encode(FinalChain((), NEXT_FINAL.raw
 """By the committee of epoch 4, to which the link leads: the first of KEYS alone."""
 
 
-def life_of_one_voter(wish: Callable[..., SignedIntent]) -> Iterator[tuple[Topic, list[PlainOp]]]:
-    """(kind, operations) of blocks after which the state of a network with one voter has an item of each section."""
+def life_of_one_voter(wish: Callable[..., SignedIntent], manifest: bytes) -> Iterator[tuple[Topic, list[PlainOp]]]:
+    """(kind, operations) of blocks after which the state of a network with one voter has an item of each section.
+
+    Args:
+      manifest: CBOR of another network's, signed in the way of this one.
+    """
 
     def by_account(event: Event, object_id: str = "", nonce: int = 0) -> PlainOp:
         made = wish(event, object_id, nonce=nonce)
@@ -307,6 +322,8 @@ def life_of_one_voter(wish: Callable[..., SignedIntent]) -> Iterator[tuple[Topic
         ],
     )
     yield Topic.COMMITTEE, [event_op(NodeAdmitted(), NODE_ID), event_op(CommitteeProposed(voters=SEATS), "epoch/9")]
+    yield Topic.CLAIM, [by_account(CellRecorded(manifest=manifest, servers=SEATS[:1], links=()), "cell/berlin", 9)]
+    yield Topic.COMMITTEE, [event_op(RootNamed(manifest=manifest, servers=SEATS[:1], links=()), "root")]
 
 
 assert CHUNK is not None
@@ -357,12 +374,17 @@ VALUES: dict[str, tuple[str, bytes]] = {
     "state item": ("state_item", encode(Item("spine", "", encode([9])))),
     "item proof": ("item_proof", encode(PROOF)),
     "file format": ("file_format", encode(Format(*STATE_FORMAT))),
-    "file origin": ("file_origin", encode(Origin(MANIFEST.genesis, MANIFEST.signatures))),
+    "file origin": ("file_origin", MANIFEST.to_cbor()),
     "file links": ("file_links", encode([encode(LINK)])),
     "file bucket": ("file_bucket", encode(Bucket(7, CHUNK.pieces[0]))),
     "op bundle": (
         "op_bundle",
         encode(OpBundle(lane=LANES[0], seq=1, index=1, blocks=(ENTRY.raw,), acks=(ACK_ENTRY.raw,), final=encode(CHAIN))),
+    ),
+    "proof ask": ("proof_ask", encode(ProofAsk(NETWORK_ID, 3, "spine", ""))),
+    "proof answer": (
+        "proof_answer",
+        encode(ProofAnswer(NETWORK_ID, (encode(LINK),), encode(FinalChain((), NEXT_FINAL.raw)), encode(PROOF))),
     ),
     "gossip": ("gossip_message", pack_frames((b"\x01" + ENTRY.raw, b"\x02" + ACK_ENTRY.raw))),
 } | {event.verb: (event.verb.replace(".", "_"), event_body(event)) for event in EVENTS}

@@ -23,7 +23,8 @@ from formation.state.final_chain import final_chain_holds, parse_final_chain
 from formation.state.lane import block_signature_holds, parse_block, parse_evidence
 from formation.state.membership import freeze_signature_holds, parse_freeze, parse_handover, parse_link
 from formation.state.spine_values import Kind, parse_final, parse_proposal, parse_votes, proposal_signature_holds
-from tests.unit.state.replicas import make_replica, make_wish, submit
+from tests.unit.state.replicas import KEYS as KEYS_OF_OTHERS
+from tests.unit.state.replicas import make_manifest, make_replica, make_wish, submit
 from tests.wire import state_values
 from tests.wire.state_values import COMMITTEE, EVENTS, GOLDEN_PATH, KEYS, NETWORK_ID, VALUES
 
@@ -129,6 +130,10 @@ def test_the_schema_refuses_a_changed_value(name: str) -> None:
         ("spine pull", 1, -1),
         ("pieces", 3, 129),
         ("item proof", 3, [bytes(512)] * 2),
+        ("proof ask", 0, bytes(31)),
+        ("proof ask", 1, 1 << 32),
+        ("proof ask", 2, ""),
+        ("proof answer", 1, [b""] * 257),
         ("snapshot head", 1, [b""] * 4095),
     ],
 )
@@ -194,7 +199,7 @@ def test_signatures_hold_in_their_context_only() -> None:
 def test_every_item_of_a_state_obeys_its_schema() -> None:
     """What a checkpoint's root covers can be read by rule, whatever a network has done."""
     replica = make_replica(0, voter_count=1)
-    for kind, ops in state_values.life_of_one_voter(make_wish):
+    for kind, ops in state_values.life_of_one_voter(make_wish, make_manifest(*KEYS_OF_OTHERS)):
         submit(replica, kind, ops)
     replica.tree.update(replica.state.take_dirty())
     sections = set()
@@ -217,10 +222,12 @@ def test_every_item_of_a_state_obeys_its_schema() -> None:
         "admitted",
         "cell.vm",
         "cell.value",
+        "cells",
+        "root",
     }
 
 
-SPLIT = ("account", "committee")
+SPLIT = ("account", "committee", "root")
 
 
 # ── the bulk door ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -526,6 +526,12 @@ class _Handler(BaseHTTPRequestHandler):
                 node.typed += self._body()
                 self.send_response(204)
                 self.end_headers()
+            case _ if "POST " + "/".join(path) in node.answers:
+                node.posts.append(("/".join(path), json.loads(self._body())))
+                answer = node.answers["POST " + "/".join(path)]
+                if isinstance(answer, FormationError):
+                    raise answer
+                self._json(answer)
             case _:
                 raise NotFoundError("no such route")
 

@@ -59,14 +59,25 @@ class Nodes:
 
     Args:
       hosts: indices of the nodes that run VMs; the first one by default.
+      name, first_key, network: to tell networks on one wire apart.
     """
 
-    def __init__(self, folder: Path, *, voters: int = 1, observers: int = 0, hosts: frozenset[int] = frozenset({0})) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        voters: int = 1,
+        observers: int = 0,
+        hosts: frozenset[int] = frozenset({0}),
+        name: str = "test",
+        first_key: int = 1,
+        network: LoopbackNetwork | None = None,
+    ) -> None:
         self.folder = folder
-        self.keys = [KeyPair(bytes([i + 1]) * 32) for i in range(voters + observers)]
+        self.keys = [KeyPair(bytes([first_key + i]) * 32) for i in range(voters + observers)]
         named = [(f"n{i}", key, (f"/memory/{key.node_id}",)) for i, key in enumerate(self.keys[:voters])]
-        self.manifest: Manifest = found_network("test", voters=named, founded_ms=START_MS)
-        self.network = LoopbackNetwork(7)
+        self.manifest: Manifest = found_network(name, voters=named, founded_ms=START_MS)
+        self.network = network or LoopbackNetwork(7)
         self.disks = [MemoryDisk() for _ in self.keys]
         self.worlds = [TwinWorld() for _ in self.keys]
         self.ahead_s = dict.fromkeys(range(len(self.keys)), 0.0)
@@ -82,7 +93,9 @@ class Nodes:
 
     def client(self, index: int = 0) -> Client:
         node = self.running[index]
-        return Client(make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door)))
+        return Client(
+            make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells))
+        )
 
     async def start(self, nursery: trio.Nursery, *indices: int) -> None:
         for index in indices:

@@ -80,7 +80,11 @@ def client_with(nodes: Nodes, *, vmm: Any = None, pack: Any = None) -> Client:
     node = nodes[0]
     reads = node.reads if vmm is None else dataclasses.replace(node.reads, vmm=cast("VmmService", vmm))
     return Client(
-        make_api(ApiParts(reads=reads, pack=cast("PackService", pack or node.pack), attach=node.attach, door=node.door))
+        make_api(
+            ApiParts(
+                reads=reads, pack=cast("PackService", pack or node.pack), attach=node.attach, door=node.door, cells=node.cells
+            )
+        )
     )
 
 
@@ -535,7 +539,11 @@ async def test_a_context_that_cannot_be_kept_is_the_hosts_fault(tmp_path: Path, 
     async with running(tmp_path) as nodes:
         settings = dataclasses.replace(nodes[0].settings, data_dir=tmp_path / "gone")
         reads = dataclasses.replace(nodes[0].reads, settings=settings)
-        client = Client(make_api(ApiParts(reads=reads, pack=nodes[0].pack, attach=nodes[0].attach, door=nodes[0].door)))
+        client = Client(
+            make_api(
+                ApiParts(reads=reads, pack=nodes[0].pack, attach=nodes[0].attach, door=nodes[0].door, cells=nodes[0].cells)
+            )
+        )
         assert (await client.post("/v1/images/build", context())).lines()[-1]["error"]["code"] == "host"
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from formation.core.clock import NS_PER_MS
-from formation.core.codec import Sign
+from formation.core.codec import Context, Sign, encode, sha256, signed_bytes
 from formation.core.event import Event, Seat, VmClaimed
 from formation.core.ids import NetworkId, NodeId, node_id_of
 from formation.core.intent import Intent, SignedIntent, sign_intent
+from formation.core.manifest import FORMAT, Genesis, Signature, SignedGenesis, Voter
 from formation.state.ack import Ack, parse_ack, sign_ack
 from formation.state.effects import (
     Commit,
@@ -57,6 +58,14 @@ def signer(key: bytes) -> Sign:
 
 def verify(key: bytes, message: bytes, signature: bytes) -> bool:
     return hashlib.sha512(key + message).digest() == signature
+
+
+def make_manifest(*keys: bytes, name: str = "other") -> bytes:
+    """CBOR of a manifest of these founders, signed in the way of these keys; there must be 3f+1."""
+    founders = tuple(Voter(f"v{i}", key, ("/ip4/192.0.2.9/tcp/1",)) for i, key in enumerate(keys))
+    genesis = Genesis(FORMAT, name, NOW_MS, founders)
+    message = signed_bytes(Context.MANIFEST, network_id=NetworkId(sha256(encode(genesis))), payload=encode(genesis))
+    return encode(SignedGenesis(genesis, tuple(Signature(key, signer(key)(message)) for key in keys)))
 
 
 def seats(count: int = 4) -> tuple[Seat, ...]:
