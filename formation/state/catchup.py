@@ -71,7 +71,7 @@ def sync_round(replica: Replica, peer: NodeId, *, with_closed: bool) -> Round:
             for row in frontier.rows
             if not replica.is_lane_closed(LaneId(row.lane)) and replica.lanes.takes(LaneId(row.lane))
         )
-    yield Push(_frames_they_lack(replica, rows, buckets))
+    yield Push(replica.equivocation_frames() + _frames_they_lack(replica, rows, buckets))
     wanted = sync.plan_pull(replica.lanes.index, rows, is_doubtful=replica.lanes.is_doubtful)
     own = replica.lanes.uncertified_ranges(with_closed=with_closed)
     named = {r.lane for r in wanted}

@@ -60,7 +60,8 @@ EXPIRE_COUNT_MAX = 65_536
 # Lane, number and index of a node's own write; an intent's dot is its digest.
 DOT_SIZE_BYTES = LANE_ID_SIZE_BYTES + 8 + 4
 CELL_KINDS = (RecordKind.NODE, RecordKind.ACCOUNT, RecordKind.IMAGE, RecordKind.VM, RecordKind.VALUE)
-_LANE, _KEY, _SPINE, _ADMITTED, _BURIED = "lane", "key", "spine", "admitted", "buried"
+_LANE, _KEY, _SPINE, _ADMITTED, _BURIED, _BANNED = "lane", "key", "spine", "admitted", "buried", "banned"
+_BANNED_VOID = "its key is banned: it signed two ways"
 # Cells of values that are kept as objects, 1.2 KiB each; an encoded one takes 0.4 and is a cell again in some µs.
 HOT_CELL_COUNT_MAX = 65_536
 _CELL = {kind.value: f"cell.{kind.value}" for kind in CELL_KINDS}
@@ -124,6 +125,8 @@ class State:
         """Key → its newest closed incarnation: it and older ones are never taken again."""
         self.admitted: dict[bytes, str] = {}
         """Keys of nodes that may write and do not vote → the NodeId of the voter that let them in."""
+        self.banned: dict[bytes, tuple[int, bytes]] = {}
+        """Keys that provably signed two ways on the spine → (height, CBOR of the Equivocation)."""
         self._actor = Actor(node_id="")
         self._cells: dict[str, dict[str, Cell | None]] = {kind.value: {} for kind in CELL_KINDS}
         """None: the object is there, and cold: its cell is made again of its item when somebody asks."""
@@ -359,6 +362,9 @@ class State:
             case AccountEvent():
                 return self._apply_account(op, event)
             case CommitteeProposed():
+                new = [seat for seat in event.voters if seat.public_key not in self.committee.committee.index_of]
+                if any(self.is_banned(seat.public_key) for seat in new):
+                    return _BANNED_VOID
                 return self.committee.apply(lane_key(op.lane), event, op.object_id, height=self.height)
             case NodeAdmitted():
                 return self._admit(op)
@@ -465,6 +471,8 @@ class State:
         key = public_key_of_node(op.object_id)
         if key in self.committee.committee.index_of:
             return "it votes already"
+        if self.is_banned(key):
+            return _BANNED_VOID
         if len(self.admitted) >= ADMITTED_COUNT_MAX:
             return f"{ADMITTED_COUNT_MAX} nodes are admitted already"
         self.admitted[key] = op.node_id
@@ -513,7 +521,27 @@ class State:
 
     def may_write(self, public_key: bytes) -> bool:
         """Whether a node of this key may have lanes."""
+        return self.is_member(public_key) and public_key not in self.banned
+
+    def is_member(self, public_key: bytes) -> bool:
+        """Whether the key votes or was admitted."""
         return public_key in self.committee.committee.index_of or public_key in self.admitted
+
+    def is_banned(self, public_key: bytes) -> bool:
+        """Whether the final order has banned the key."""
+        return public_key in self.banned
+
+    def ban(self, public_key: bytes, evidence: bytes) -> bool:
+        """The order shows that a key signed two ways: it writes nothing any more. Others than members are nobody's concern.
+
+        Returns:
+          Whether that is news.
+        """
+        if not self.is_member(public_key) or self.is_banned(public_key):
+            return False
+        self.banned[public_key] = (self.height, evidence)
+        self._dirty.add((_BANNED, public_key.hex()))
+        return True
 
     def note_checkpoint(self) -> None:
         """A checkpoint is due at this height: the next is counted from here, and what nothing can need any more goes."""
@@ -602,6 +630,8 @@ class State:
                 value = True if (record, object_id) in self._buried else None
             case "admitted":
                 value = self.admitted.get(public_key_of_node(identity))
+            case "banned":
+                value = self.banned.get(bytes.fromhex(identity))
             case _:
                 cell = self._find(section.removeprefix("cell."), identity)
                 value = None if cell is None else cell.dump()
@@ -645,6 +675,8 @@ class State:
                 self._buried[record, object_id] = None
             case "admitted":
                 self.admitted[public_key_of_node(identity)] = value
+            case "banned":
+                self.banned[bytes.fromhex(identity)] = (value[0], value[1])
             case _:
                 raise DecodeError(f"snapshot item of unknown section {section[:40]!r}")
 

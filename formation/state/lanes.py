@@ -847,7 +847,7 @@ class Lanes:
           DecodeError: it is none.
         """
         one, other = parse_evidence(self._verify, raw, network_id=self._network_id)
-        if not self._order.may_write(lane_key(one.block.lane)):
+        if not self.takes(LaneId(one.block.lane)):
             return
         lane_id_ = LaneId(one.block.lane)
         if self._order.is_lane_closed(lane_id_):

@@ -62,10 +62,11 @@ from formation.state.effects import (
     Tick,
     WakeAt,
 )
+from formation.state.equivocation import Equivocations, make_equivocation, parse_equivocation
 from formation.state.feed import Change, Level, Row
 from formation.state.final_chain import FinalChain, epoch_of, parse_final_chain
 from formation.state.fold import CELL_KINDS, State
-from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EVIDENCE, FRAME_FREEZE
+from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EQUIVOCATION, FRAME_EVIDENCE, FRAME_FREEZE
 from formation.state.handover import Handing, covered_heads
 from formation.state.joining import Snapshot
 from formation.state.judge import IntentVerifier, Judged, judge_block
@@ -136,12 +137,15 @@ class RecordKindOf(IntEnum):
     """CBOR of the FinalChain of the height applied just before, an epoch's last."""
     PROOF = 14
     """CBOR of the FinalChain that vouches for the checkpoint at which the journal begins."""
+    EQUIVOCATION = 15
+    """CBOR of an Equivocation against a key that is not banned yet."""
 
 
 _SPINE_RECORDS = frozenset((RecordKindOf.PROPOSAL, RecordKindOf.NOTARIZE, RecordKindOf.NULLIFY, RecordKindOf.FINALIZE))
 _KEPT_RECORDS = _SPINE_RECORDS | {
     RecordKindOf.ACK,
     RecordKindOf.EVIDENCE,
+    RecordKindOf.EQUIVOCATION,
     RecordKindOf.FREEZE,
     RecordKindOf.FINAL,
     RecordKindOf.VOTES,
@@ -242,6 +246,7 @@ class Replica:
         self.links: list[bytes] = []
         """CBOR of the FinalChain that ended each epoch."""
         self.handing = self._make_handing()
+        self.equivocations = Equivocations(self.state, network_id=config.network_id, verify=verify)
         self.view = View(self.state, self)
         self.positions = Positions()
         """Where blocks stand in the final order, as far back as is remembered: for people."""
@@ -334,10 +339,18 @@ class Replica:
             if self.handing.take(value):
                 self.lanes.out.append(Send(frame, "spine"))
                 self.spine.poke(self._now_ns)
+        elif kind == FRAME_EQUIVOCATION:
+            self._learn_equivocation(value)
         elif kind and kind[0] in _SPINE_FRAMES:
             self.spine.on_frame(Kind(kind[0]), value, self._now_ns)
         else:
             raise DecodeError(f"frame of unknown kind {kind.hex()}")
+
+    def _learn_equivocation(self, raw: bytes) -> None:
+        if self.equivocations.take(raw):
+            self._record(Record(RecordKindOf.EQUIVOCATION, raw))
+            self.lanes.out.append(Send(FRAME_EQUIVOCATION + raw, "evidence"))
+            self.spine.poke(self._now_ns)
 
     def _on_range(self, event: RangeReceived) -> None:
         lanes, now_ns = self.lanes, self._now_ns
@@ -477,8 +490,9 @@ class Replica:
             case ChainWanted():
                 out.append(SyncWanted())
             case VoterEvidence(voter):
-                node_id = self.state.committee.committee.node_ids[voter]
-                out.append(Fault(node_id, f"voted two ways in view {effect.view}"))
+                committee = self.state.committee.committee
+                out.append(Fault(committee.node_ids[voter], f"voted two ways in view {effect.view}"))
+                self._learn_equivocation(make_equivocation(committee.voters[voter], effect.one, effect.other))
 
     def _note_final(self, effect: spine_effects.Finalised) -> None:
         self._record(Record(RecordKindOf.FINAL, effect.certificate.raw))
@@ -575,6 +589,9 @@ class Replica:
             self.state.end_lane(lane_id_, seq=last.block.seq, hash_=last.hash, hlc=last.block.hlc)
         for head in (*proposal.closes, *covered_heads(proposal.handover)[1]):
             self._close_lane(LaneId(head.lane))
+        for raw in proposal.equivocations:
+            # 2f+1 voters checked its signatures before this was final.
+            self.state.ban(parse_equivocation(raw).key, raw)
         self._observed_index = None
         if decided:
             self._tell(
@@ -624,6 +641,10 @@ class Replica:
     def former_spine(self, epoch: int) -> Spine | None:
         """The spine of the epoch that ended last, if it is this one: those who will vote next need its last heights."""
         return self._former if self._former is not None and self._former.epoch == epoch else None
+
+    def equivocation_frames(self) -> tuple[bytes, ...]:
+        """Frames of the proofs that are not final here, for peers: they are told once, and that may have been lost."""
+        return tuple(FRAME_EQUIVOCATION + raw for raw in self.equivocations.pending())
 
     def freeze_frames(self) -> tuple[bytes, ...]:
         """Frames of the freezes that are here."""
@@ -685,6 +706,7 @@ class Replica:
                 records.append(Record(RecordKindOf.RISEN, encode([lane_id_, lane.certified_seq])))
         records.extend(Record(RecordKindOf.ACK, raw) for raw in self.lanes.own_newest_acks())
         records.extend(Record(RecordKindOf.EVIDENCE, raw) for raw in self.lanes.convictions())
+        records.extend(Record(RecordKindOf.EQUIVOCATION, raw) for raw in self.equivocations.pending())
         if self.handing.own is not None:
             records.append(Record(RecordKindOf.FREEZE, self.handing.own.raw))
         return records
@@ -790,7 +812,7 @@ class Replica:
         since_ns = self._uncovered_since_ns
         if since_ns is not None and self.lanes.uncovered and self._now_ns >= since_ns + COVER_MS * NS_PER_MS:
             return True
-        if self._is_capture_open or self.state.committee.decision is not None:
+        if self._is_capture_open or self.state.committee.decision is not None or self.equivocations.pending():
             return True
         return self.lanes.superseded_count >= CLOSE_WANTED_COUNT and bool(self._closable())
 
@@ -818,7 +840,7 @@ class Replica:
                 return Extras(handover=handover)
         # Voters may know of acks that we do not: after a view that failed, whatever need not be proposed is left out.
         may_close = self.spine.view <= self.spine.final.view + 2
-        return Extras(closes=self._closable() if may_close else (), checkpoint=ref)
+        return Extras(closes=self._closable() if may_close else (), checkpoint=ref, equivocations=self.equivocations.pending())
 
     def _closable(self) -> tuple[Head, ...]:
         """Lanes to close: left behind or forked, everything of them final, and quiet for a while."""
@@ -842,6 +864,11 @@ class Replica:
         if proposal.time_ms < now_ms - SPINE_BEHIND_MS_MAX:
             # See claims: else a lying leader grants leases that are over when they begin.
             return Verdict.REFUSE
+        if proposal.equivocations and not self.equivocations.holds(proposal.equivocations):
+            committee = self.state.committee.committee
+            leader = committee.node_ids[committee.leader(proposal.view)]
+            self.lanes.out.append(Fault(leader, f"proposed in view {proposal.view} to ban somebody without proof"))
+            return Verdict.REFUSE
         closes = {head.lane for head in proposal.closes}
         for head in proposal.closes:
             verdict = self._check_close(head)
@@ -860,6 +887,10 @@ class Replica:
         if proposal.parent != self.state.hash:
             return Verdict.WAIT
         return self.handing.check(proposal.handover)
+
+    def is_banned(self, voter: int) -> bool:
+        """See spine.Oracle."""
+        return self.state.is_banned(self.state.committee.committee.voters[voter])
 
     def _check_close(self, head: Head) -> Verdict:
         lane = self.lanes.get(LaneId(head.lane))
@@ -1047,6 +1078,8 @@ class Replica:
             case RecordKindOf.EVIDENCE:
                 self.lanes.recover_evidence(record.body)
                 self.lanes.new_evidence = []
+            case RecordKindOf.EQUIVOCATION:
+                self.equivocations.recover(record.body)
             case RecordKindOf.APPLIED:
                 self._recover_applied(parse_proposal(record.body))
             case RecordKindOf.FREEZE:

@@ -29,6 +29,9 @@ travel as `Votes` and never provoke an answer, so answers end.
 On demand: the timer runs and a leader proposes only while `oracle.is_wanted()`. A proposal that moves nothing is
 allowed only on a parent that is not final yet: it may be the one thing left that can make it final.
 
+A leader that the final order has banned (`equivocation`) is not waited for: its views are nullified as soon as anything is
+wanted. Its votes count like any other's.
+
 The proposal that carries a handover is the epoch's last: what stands on it is empty and serves to make it final.
 """
 
@@ -486,7 +489,7 @@ class Spine:
             raise DecodeError("proposal: not signed by the leader of its view")
         for other in facts.proposals.values():
             leader = self._committee.leader(view)
-            self._convict(leader, view, (Kind.PROPOSAL, other.entry.raw), (Kind.PROPOSAL, raw))
+            self._convict(leader, view, (Kind.PROPOSAL, other.entry.header.raw), (Kind.PROPOSAL, entry.header.raw))
         self._book.add(entry)
 
     def _learn_votes(self, votes: tuple[VoteEntry, ...]) -> None:
@@ -636,8 +639,9 @@ class Spine:
         """Enter the highest view that we can: a notarisation leaps, a nullification steps."""
         book, view = self._book, max(self.view, self._book.top + 1)
         while book.is_nullified(view):
+            if not self._oracle.is_banned(self._committee.leader(view)):
+                self._timer_ms = min(TIMER_MS_MAX, self._timer_ms * 2)
             view += 1
-            self._timer_ms = min(TIMER_MS_MAX, self._timer_ms * 2)
         if view == self.view and self._is_entered:
             return
         for old in range(max(self.view, book.final.view + VIEW_DETAIL_COUNT) - VIEW_DETAIL_COUNT, view - VIEW_DETAIL_COUNT):
@@ -662,7 +666,7 @@ class Spine:
         if not self._is_wanted or self._committee.leader(self.view) != self.voter:
             return
         facts = self._book.facts(self.view)
-        if facts.own_proposal is not None or facts.own:
+        if facts.own_proposal is not None or facts.own or self._oracle.is_banned(self.voter):
             return
         parent = self._book.notarised(self._book.top)
         chain = None if parent is None else self._book.chain(parent)
@@ -695,6 +699,7 @@ class Spine:
         closes = tuple(head for head in certified if overlay.may_close(head))[:CUT_LANE_COUNT_MAX]
         closed = {head.lane for head in closes}
         room = PROPOSAL_SIZE_MAX_BYTES - _PROPOSAL_REST_SIZE_BYTES - len(extras.handover or b"")
+        room -= sum(len(each) + 3 for each in extras.equivocations)
         room_count = min(CUT_LANE_COUNT_MAX, room // HEAD_SIZE_MAX_BYTES - len(closes))
         return Proposal(
             epoch=self.epoch,
@@ -706,11 +711,12 @@ class Spine:
             closes=closes,
             checkpoint=extras.checkpoint,
             handover=extras.handover,
+            equivocations=extras.equivocations,
         )
 
     def _notarize(self, now_ns: int) -> None:
         facts = self._book.views.get(self.view)
-        if facts is None or Kind.NOTARIZE in facts.own:
+        if facts is None or Kind.NOTARIZE in facts.own or self._oracle.is_banned(self._committee.leader(self.view)):
             return
         for known in facts.proposals.values():
             if not known.is_refused and self._judge(known, now_ns) is Verdict.ACCEPT:
@@ -724,6 +730,8 @@ class Spine:
         facts = self._book.views.get(self.view)
         if facts is not None and len(facts.votes[Kind.NULLIFY]) > self._committee.fault_count_max:
             self._nullify()
+        if self._is_wanted and self._is_view_barren(facts):
+            self._nullify()
         if not self._is_wanted:
             self._deadline_ns = None
         elif self._deadline_ns is None or self._deadline_ns > now_ns + self._timer_ms * NS_PER_MS:
@@ -735,6 +743,11 @@ class Spine:
             self._out.extend(Send(kind, raw) for kind, raw in self._standing_frames())
             if self._missing_view is not None:
                 self._ask(self._missing_view, now_ns)
+
+    def _is_view_barren(self, facts: ViewFacts | None) -> bool:
+        """Whether nothing will come of this view: its leader is banned, and we did not vote for it before we knew."""
+        has_voted = facts is not None and Kind.NOTARIZE in facts.own
+        return not has_voted and self._oracle.is_banned(self._committee.leader(self.view))
 
     def _nullify(self) -> None:
         own = self._book.facts(self.view).own

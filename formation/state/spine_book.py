@@ -295,4 +295,5 @@ class Overlay:
 
 def is_empty(proposal: Proposal) -> bool:
     """Whether it moves nothing: good only for making its parent final."""
-    return not (proposal.cut or proposal.closes or proposal.checkpoint or proposal.handover)
+    moves = (proposal.cut, proposal.closes, proposal.checkpoint, proposal.handover, proposal.equivocations)
+    return not any(moves)

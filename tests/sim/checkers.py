@@ -79,7 +79,7 @@ class Height:
     view: int
     epoch: int
     calls: list[tuple[Any, ...]] = field(default_factory=list)
-    """In order: ("op", Judged, index, why it is void), ("end", …), ("close", lane), ("over",), ("due",)."""
+    """In order: ("op", Judged, index, why it is void), ("end", …), ("close", lane), ("ban", …), ("over",), ("due",)."""
     root: bytes = b""
     claims: object = None
 
@@ -101,7 +101,8 @@ class Tap:
         self.at: Height | None = None
         self._begin, self._apply = state.begin_height, state.apply
         self._end, self._close, self._due = state.end_lane, state.close_lane, state.note_checkpoint
-        for name in ("begin_height", "apply", "end_lane", "close_lane", "note_checkpoint"):
+        self._ban = state.ban
+        for name in ("begin_height", "apply", "end_lane", "close_lane", "ban", "note_checkpoint"):
             setattr(state, name, getattr(self, name))
 
     def begin_height(self, *, height: int, hash_: bytes, time_ms: int, view: int, epoch: int) -> None:
@@ -126,6 +127,11 @@ class Tap:
         self._close(lane)
         assert self.at is not None
         self.at.calls.append(("close", lane, 0 if ended is None else ended.seq))
+
+    def ban(self, public_key: bytes, evidence: bytes) -> bool:
+        assert self.at is not None
+        self.at.calls.append(("ban", public_key, evidence))
+        return self._ban(public_key, evidence)
 
     def note_checkpoint(self) -> None:
         assert self.at is not None
@@ -349,6 +355,10 @@ class Checkers:
                     self._cluster.counts.add("closes")
                     self._check_close(mirror, lane, is_handover=is_handover)
                     mirror.close_lane(lane)
+                case ("ban", key, evidence):
+                    if mirror.ban(key, evidence):
+                        self._cluster.counts.add("bans")
+                        self._check_ban(key)
                 case ("over",):
                     self._check_handover(mirror)
                     mirror.committee.hand_over()
@@ -430,6 +440,11 @@ class Checkers:
             holders.pop(node.name, None)
 
     # ── limits ──
+
+    def _check_ban(self, key: bytes) -> None:
+        """I11: nobody but a liar is banned, whatever others say of it."""
+        if all(node.is_correct for node in self._cluster.nodes if node.key == key):
+            breach("I11", "a correct voter was banned")
 
     def check_limits(self, node: Node) -> None:
         """I8: nothing that a peer can make grow is beyond its cap."""

@@ -831,6 +831,8 @@ class Cluster:
                 return f"{node.name}'s own lane is final up to {replica.final_seq(own)} of {replica.own_head_seq}"
             if node.commit is not None or replica.needs_commit:
                 return f"{node.name} is writing"
+            if replica.equivocations.pending():
+                return f"{node.name} knows a liar that is not banned"
         if self.plan.committee and max(self.committees) < self.plan.committee.count("+") + 1:
             return f"the committee is that of epoch {max(self.committees)}"
         roots = {node.replica.lanes.index.root() for node in nodes}

@@ -143,8 +143,18 @@ def twins(rng: random.Random) -> Plan:
 
 
 AUTHORS = ("fork", "bad-deps", "bad-clock", "garbage", "bad-intents", "flood", "foreign")
-VOTERS = ("ack-all", "ack-wrong", "ack-some", "ack-none", "vote-all", "freeze-lies", "sync-lies")
-LEADERS = ("lead-two", "lead-back", "lead-parent", "lead-time", "lead-censor", "lead-root", "lead-close", "lead-none")
+VOTERS = ("ack-all", "ack-wrong", "ack-some", "ack-none", "vote-all", "freeze-lies", "sync-lies", "ban-lies")
+LEADERS = (
+    "lead-two",
+    "lead-back",
+    "lead-parent",
+    "lead-time",
+    "lead-censor",
+    "lead-root",
+    "lead-close",
+    "lead-ban",
+    "lead-none",
+)
 
 
 @scenario
@@ -157,6 +167,25 @@ def byzantine(rng: random.Random) -> Plan:
         mix=rng.choice(("plain", "claims", "accounts")),
         crash_count=rng.choice((0, 0, 2)),
         checkpoint_op_count=rng.choice((0, 6)),
+    )
+
+
+@scenario
+def equivocation(rng: random.Random) -> Plan:
+    """Voters that sign two ways on the spine, and their bans; evidence is lost, and so are disks' last commits."""
+    lies = (rng.choice(("vote-all", "lead-two")), rng.choice(("ban-lies", "lead-ban", "fork", "sync-lies", "ack-some")))
+    change = rng.random() < 0.3
+    return _rough(
+        rng,
+        voter_count=_count(rng),
+        observer_count=3 if change else 0,
+        behaviours=(lies,),
+        crash_count=rng.choice((0, 0, 2)),
+        power_cut=rng.random() < 0.3,
+        checkpoint_op_count=rng.choice((0, 6)),
+        committee="replace" if change else "",
+        mix=rng.choice(("plain", "claims")),
+        gst_ms=1600,
     )
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import msgspec
 
-from formation.state import accounts, handover, lanes
+from formation.state import accounts, equivocation, handover, lanes
 from formation.state.accounts import Accounts, Intents
 from formation.state.claims import Claims, Lease
 from formation.state.committee import Committee
+from formation.state.equivocation import Equivocations
 from formation.state.lane import NO_HASH, Entry, Head
 from formation.state.lanes import Lanes
 from formation.state.membership import Handover, plan_handover
@@ -320,6 +321,21 @@ _mutation(
     "byzantine",
     (Replica, "_check_checkpoint", lambda self, ref: Verdict.ACCEPT),
     change=lambda plan: replace(plan, behaviours=(("lead-root",),), checkpoint_op_count=4, voter_count=4),
+)
+
+
+_mutation(
+    "a ban needs no proof",
+    "equivocation",
+    (Equivocations, "holds", lambda self, raws: True),
+    change=lambda plan: replace(plan, behaviours=(("lead-ban",),), voter_count=4, committee="", observer_count=0),
+)
+_mutation(
+    "any two words are a contradiction",
+    "equivocation",
+    (equivocation, "_is_contradiction", lambda one, other: True),
+    change=lambda plan: replace(plan, behaviours=(("lead-ban", "ban-lies"),), voter_count=4, committee="", observer_count=0),
+    seeds=120,
 )
 
 

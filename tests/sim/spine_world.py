@@ -99,6 +99,7 @@ class FakeOracle:
         self.closing: dict[bytes, int] = {}
         """Lane → number at which it is to be closed."""
         self.handover: bytes | None = None
+        self.banned: set[int] = set()
         self.checkpoint_interval = 0
         """Heights between checkpoints; 0: none."""
         self.forget_final()
@@ -135,6 +136,9 @@ class FakeOracle:
 
     def is_certified(self, head: Head) -> bool:
         return self.certified.get(head.lane, 0) >= head.seq and head_of(head.lane, head.seq) == head
+
+    def is_banned(self, voter: int) -> bool:
+        return voter in self.banned
 
     def extras(self, parent_hash: bytes, height: int) -> Extras:
         closes = tuple(head_of(lane, seq) for lane, seq in sorted(self.closing.items()))
@@ -658,6 +662,7 @@ class Liar:
             closes=(),
             checkpoint=CheckpointRef(max(0, height - 1), b"z" * 32) if rng.random() < 0.05 else None,
             handover=b"lie" if rng.random() < 0.05 else None,
+            equivocations=(),
         )
         if rng.random() < 0.03:
             proposal = msgspec.structs.replace(proposal, epoch=proposal.epoch + 1)

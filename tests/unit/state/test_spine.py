@@ -88,6 +88,7 @@ def propose(
         "closes": (),
         "checkpoint": None,
         "handover": None,
+        "equivocations": (),
     }
     proposal = Proposal(view=view, parent=parent, height=height, **given | fields)
     leader = COMMITTEE.leader(view) if signer is None else signer
@@ -379,7 +380,7 @@ def test_one_proposal_of_a_view_is_notarized() -> None:
     assert promised(effects) == [Kind.NOTARIZE]
     (evidence,) = of(effects, VoterEvidence)
     assert (evidence.voter, evidence.view) == (1, 1)
-    assert {evidence.one, evidence.other} == {(Kind.PROPOSAL, one.raw), (Kind.PROPOSAL, other.raw)}
+    assert {evidence.one, evidence.other} == {(Kind.PROPOSAL, one.header.raw), (Kind.PROPOSAL, other.header.raw)}
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -1440,3 +1441,44 @@ def test_an_observer_follows_and_says_nothing() -> None:
 def test_extras_have_defaults() -> None:
     """A cut alone is the usual proposal."""
     assert Extras() == Extras((), None, None)
+
+
+# ── banned leaders ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_banned_leader_is_not_waited_for() -> None:
+    """Its view is nullified at once, and what it proposes gets no vote; the timer is as it was."""
+    lab = Lab()
+    lab.oracle.banned = {1}
+    assert promised(lab.poke()) == [Kind.NULLIFY]
+    assert promised(lab.give(propose(1))) == []
+    lab.give(bundle(votes_of(Kind.NULLIFY, 1, voters=(0, 2, 3))))
+    assert lab.spine.view == 2
+    assert lab.spine._timer_ms == TIMER_MS_MIN
+    assert promised(lab.give(propose(2))) == [Kind.NOTARIZE]
+
+
+def test_a_banned_leader_costs_nothing_while_nothing_is_wanted() -> None:
+    """No message of an idle network."""
+    lab = Lab(is_wanted=False)
+    lab.oracle.banned = {1}
+    assert promised(lab.poke()) == []
+
+
+def test_a_vote_given_before_the_ban_was_known_gets_its_time() -> None:
+    """Who has notarized waits for the timer as always; and votes of the banned still make certificates."""
+    lab = Lab()
+    lab.poke()
+    entry = propose(1)
+    assert promised(lab.give(entry)) == [Kind.NOTARIZE]
+    lab.oracle.banned = {1}
+    assert promised(lab.poke()) == []
+    effects = lab.give(*votes_of(Kind.NOTARIZE, 1, entry.hash, voters=(1, 2)))
+    assert promised(effects) == [Kind.FINALIZE]
+
+
+def test_a_banned_voter_proposes_nothing() -> None:
+    """It would be refused."""
+    lab = Lab()
+    lab.oracle.banned = {0}
+    assert Kind.PROPOSAL not in promised(lab.enter(4))
