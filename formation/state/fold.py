@@ -42,7 +42,7 @@ from formation.core.event import (
     VmRequested,
     Writer,
 )
-from formation.core.ids import public_key_of_account, public_key_of_node
+from formation.core.ids import node_id_of, public_key_of_account, public_key_of_node
 from formation.core.intent import LIFETIME_MS
 from formation.state.accounts import Accounts, Actor, Intents
 from formation.state.cells import Cell
@@ -61,6 +61,7 @@ EXPIRE_COUNT_MAX = 65_536
 DOT_SIZE_BYTES = LANE_ID_SIZE_BYTES + 8 + 4
 CELL_KINDS = (RecordKind.NODE, RecordKind.ACCOUNT, RecordKind.IMAGE, RecordKind.VM, RecordKind.VALUE)
 _LANE, _KEY, _SPINE, _ADMITTED, _BURIED, _BANNED = "lane", "key", "spine", "admitted", "buried", "banned"
+_DISMISSED = "dismissed"
 _BANNED_VOID = "its key is banned: it signed two ways"
 # Cells of values that are kept as objects, 1.2 KiB each; an encoded one takes 0.4 and is a cell again in some µs.
 HOT_CELL_COUNT_MAX = 65_536
@@ -125,6 +126,10 @@ class State:
         """Key → its newest closed incarnation: it and older ones are never taken again."""
         self.admitted: dict[bytes, str] = {}
         """Keys of nodes that may write and do not vote → the NodeId of the voter that let them in."""
+        self.dismissed: dict[bytes, int] = {}
+        """Keys of nodes that were admitted → the height at which that ended; the newest of them."""
+        self._ended: list[bytes] = []
+        """Keys that may not write any more, since somebody last asked."""
         self.banned: dict[bytes, tuple[int, bytes]] = {}
         """Keys that provably signed two ways on the spine → (height, CBOR of the Equivocation)."""
         self._actor = Actor(node_id="")
@@ -477,12 +482,22 @@ class State:
             return f"{ADMITTED_COUNT_MAX} nodes are admitted already"
         self.admitted[key] = op.node_id
         self._dirty.add((_ADMITTED, op.object_id))
+        if self.dismissed.pop(key, None) is not None:
+            self._dirty.add((_DISMISSED, op.object_id))
         return ""
 
     def _dismiss(self, op: Judged) -> str:
-        if self.admitted.pop(public_key_of_node(op.object_id), None) is None:
+        key = public_key_of_node(op.object_id)
+        if self.admitted.pop(key, None) is None:
             return "it is not admitted"
         self._dirty.add((_ADMITTED, op.object_id))
+        self._ended.append(key)
+        self.dismissed[key] = self.height
+        self._dirty.add((_DISMISSED, op.object_id))
+        if len(self.dismissed) > DISMISSED_COUNT_MAX:
+            oldest = min(self.dismissed, key=lambda each: (self.dismissed[each], each))
+            del self.dismissed[oldest]
+            self._dirty.add((_DISMISSED, node_id_of(oldest)))
         return ""
 
     # ── heights ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -541,7 +556,17 @@ class State:
             return False
         self.banned[public_key] = (self.height, evidence)
         self._dirty.add((_BANNED, public_key.hex()))
+        self._ended.append(public_key)
         return True
+
+    def has_written(self, public_key: bytes) -> bool:
+        """Whether the right of this key to write has ended, by a ban or a dismissal that is remembered."""
+        return public_key in self.banned or public_key in self.dismissed
+
+    def take_ended(self) -> tuple[bytes, ...]:
+        """Keys that may not write any more, since the last call."""
+        ended, self._ended = tuple(key for key in self._ended if not self.may_write(key)), []
+        return ended
 
     def note_checkpoint(self) -> None:
         """A checkpoint is due at this height: the next is counted from here, and what nothing can need any more goes."""
@@ -630,6 +655,8 @@ class State:
                 value = True if (record, object_id) in self._buried else None
             case "admitted":
                 value = self.admitted.get(public_key_of_node(identity))
+            case "dismissed":
+                value = self.dismissed.get(public_key_of_node(identity))
             case "banned":
                 value = self.banned.get(bytes.fromhex(identity))
             case _:
@@ -675,6 +702,8 @@ class State:
                 self._buried[record, object_id] = None
             case "admitted":
                 self.admitted[public_key_of_node(identity)] = value
+            case "dismissed":
+                self.dismissed[public_key_of_node(identity)] = value
             case "banned":
                 self.banned[bytes.fromhex(identity)] = (value[0], value[1])
             case _:
@@ -683,6 +712,8 @@ class State:
 
 # More nodes than one committee can take the blocks of; larger networks are cells (design/state section 7).
 ADMITTED_COUNT_MAX = 1024
+# Of whom lanes may still come to their end; that takes seconds, so these are more than any honest operators dismiss meanwhile.
+DISMISSED_COUNT_MAX = 256
 
 
 def _charge_of(event: Event) -> int:

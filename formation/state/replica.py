@@ -40,6 +40,7 @@ from formation.state import spine as spine_effects
 from formation.state.ack import AckEntry
 from formation.state.checkpoint import LazyBuckets, SnapshotHead, StateTree, is_checkpoint_due
 from formation.state.claims import SPINE_BEHIND_MS_MAX
+from formation.state.committee import Committee
 from formation.state.effects import (
     Certified,
     Checkpoint,
@@ -66,6 +67,7 @@ from formation.state.equivocation import Equivocations, make_equivocation, parse
 from formation.state.feed import Change, Level, Row
 from formation.state.final_chain import FinalChain, epoch_of, parse_final_chain
 from formation.state.fold import CELL_KINDS, State
+from formation.state.former import FORMER_EPOCH_COUNT_MAX, FormerEpoch
 from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EQUIVOCATION, FRAME_EVIDENCE, FRAME_FREEZE
 from formation.state.handover import Handing, covered_heads
 from formation.state.joining import Snapshot
@@ -139,6 +141,10 @@ class RecordKindOf(IntEnum):
     """CBOR of the FinalChain that vouches for the checkpoint at which the journal begins."""
     EQUIVOCATION = 15
     """CBOR of an Equivocation against a key that is not banned yet."""
+    LET_GO = 16
+    """A lane id: its author may not write any more, and nobody had acknowledged any of it."""
+    FORMER = 17
+    """The end of a former epoch, see `former`: what peers that missed it ask for."""
 
 
 _SPINE_RECORDS = frozenset((RecordKindOf.PROPOSAL, RecordKindOf.NOTARIZE, RecordKindOf.NULLIFY, RecordKindOf.FINALIZE))
@@ -241,8 +247,8 @@ class Replica:
         self.spine = self._make_spine(
             Base(height=0, hash=config.network_id, time_ms=0, cut={}, closed=()),
         )
-        self._former: Spine | None = None
-        """Of the epoch before: those who have not heard of its end yet still ask for it."""
+        self._formers: dict[int, FormerEpoch] = {}
+        """Epochs that ended, ascending: those who have not heard of it yet still ask for their last heights."""
         self.links: list[bytes] = []
         """CBOR of the FinalChain that ended each epoch."""
         self.handing = self._make_handing()
@@ -592,6 +598,11 @@ class Replica:
         for raw in proposal.equivocations:
             # 2f+1 voters checked its signatures before this was final.
             self.state.ban(parse_equivocation(raw).key, raw)
+        ended = self.state.take_ended()
+        # What others acknowledged is not in the journal: played back, a lane that was kept would look like nobody's.
+        for key in () if self._is_recovering else ended:
+            for lane_id_ in self.lanes.end_writer(key, self._now_ns):
+                self._record(Record(RecordKindOf.LET_GO, lane_id_))
         self._observed_index = None
         if decided:
             self._tell(
@@ -623,7 +634,7 @@ class Replica:
             self._record(Record(RecordKindOf.LINK, self.links[-1]))
         state.committee.hand_over()
         self.lanes.change_committee(state.committee.committee, self._now_ns)
-        self._former = self.spine
+        self._put_former(self.spine.retire())
         self.spine = self._make_spine(self._base())
         self.handing = self._make_handing()
 
@@ -638,9 +649,30 @@ class Replica:
             view=state.view if state.epoch == state.committee.committee.epoch else 0,
         )
 
-    def former_spine(self, epoch: int) -> Spine | None:
-        """The spine of the epoch that ended last, if it is this one: those who will vote next need its last heights."""
-        return self._former if self._former is not None and self._former.epoch == epoch else None
+    def _put_former(self, former: FormerEpoch) -> None:
+        self._formers[former.epoch] = former
+        while len(self._formers) > FORMER_EPOCH_COUNT_MAX:
+            del self._formers[min(self._formers)]
+
+    def former_epoch(self, epoch: int) -> FormerEpoch | None:
+        """The last heights of an epoch that ended not long ago."""
+        return self._formers.get(epoch)
+
+    @property
+    def former_epochs(self) -> tuple[FormerEpoch, ...]:
+        """Epochs that ended and are remembered, ascending."""
+        return tuple(self._formers.values())
+
+    def committee_of(self, epoch: int) -> Committee:
+        """The committee of this or an earlier epoch."""
+        committee = self.state.committee.committee
+        if epoch == committee.epoch:
+            return committee
+        if epoch == 0:
+            return Committee(0, tuple(seat.public_key for seat in self._config.founders))
+        handover = covered_heads(parse_final_chain(self.links[epoch - 1]).first.proposal.handover)[2]
+        assert handover is not None
+        return handover.next
 
     def equivocation_frames(self) -> tuple[bytes, ...]:
         """Frames of the proofs that are not final here, for peers: they are told once, and that may have been lost."""
@@ -691,6 +723,7 @@ class Replica:
         records = self._lane_records()
         records.extend(Record(RecordKindOf.PROPOSAL, final.entry.raw) for final in self._queue)
         records.extend(Record(int(kind), raw) for kind, raw in self.spine.journal_rows())
+        records.extend(Record(RecordKindOf.FORMER, former.dump()) for former in self._formers.values())
         return records
 
     def _lane_records(self) -> list[Record]:
@@ -779,6 +812,9 @@ class Replica:
             self.lanes.out.append(Send(FRAME_FREEZE + frozen.raw, "spine"))
         if done.capture is not None:
             self.checkpoint_head, self._checkpoint_proof = done.capture.head, done.capture.proof
+            for former in self._formers.values():
+                if former.final_height <= done.capture.height:
+                    former.trim()
         if done.freezes:
             self.spine.poke(self._now_ns)
 
@@ -795,6 +831,10 @@ class Replica:
     def may_write(self, public_key: bytes) -> bool:
         """See lanes.Order."""
         return self.state.may_write(public_key)
+
+    def has_written(self, public_key: bytes) -> bool:
+        """See lanes.Order."""
+        return self.state.has_written(public_key)
 
     def is_lane_closed(self, lane: LaneId) -> bool:
         """See lanes.Order."""
@@ -1078,6 +1118,10 @@ class Replica:
             case RecordKindOf.EVIDENCE:
                 self.lanes.recover_evidence(record.body)
                 self.lanes.new_evidence = []
+            case RecordKindOf.FORMER:
+                self._put_former(FormerEpoch.load(record.body))
+            case RecordKindOf.LET_GO:
+                self.lanes.close(LaneId(record.body))
             case RecordKindOf.EQUIVOCATION:
                 self.equivocations.recover(record.body)
             case RecordKindOf.APPLIED:

@@ -44,6 +44,7 @@ from formation.core.codec import Sign, Verify, sha256
 from formation.core.errors import DecodeError
 from formation.core.ids import NetworkId
 from formation.state.committee import Committee
+from formation.state.former import FormerEpoch
 from formation.state.lane import NO_HASH, Head
 from formation.state.spine_book import Base, Book, FinalHead, Frame, Known, Overlay, ViewFacts, is_empty
 from formation.state.spine_effects import (
@@ -282,6 +283,20 @@ class Spine:
                 break
             frames.append(frame)
         return tuple(frames)
+
+    def final_frames(self, *, height: int, size_max_bytes: int) -> tuple[Frame, ...]:
+        """Final proposals above a height and a certificate at their end, as many as fit; none if memory ends above it."""
+        return tuple(self._book.final_frames(height=height, size_max_bytes=size_max_bytes))
+
+    @property
+    def lowest_height(self) -> int:
+        """Of the first final proposal that is in memory; above the final one if there is none."""
+        kept = self._book.kept
+        return kept[0][0].proposal.height if kept else self.final_height + 1
+
+    def retire(self) -> FormerEpoch:
+        """What of an epoch that has ended is worth keeping."""
+        return FormerEpoch(self.epoch, final_height=self.final_height, kept=tuple(self._book.kept))
 
     def journal_rows(self) -> tuple[Frame, ...]:
         """What a journal must hold that begins at our final head: everything that we may not contradict, and its proof."""

@@ -664,7 +664,10 @@ class Cluster:
         if plan.clone:
             self.at(rng.uniform(100, gst_ms / 2), partial(self._clone, rng.choice(correct)))
         if plan.admits:
-            self.at(rng.uniform(50, gst_ms / 2), self._admit)
+            at_ms = rng.uniform(50, gst_ms / 2)
+            self.at(at_ms, self._admit)
+            if plan.dismisses:
+                self.at(rng.uniform(at_ms, gst_ms), self._dismiss)
         if plan.committee:
             self.at(rng.uniform(200, gst_ms * 0.8), partial(self._change_committee, plan.committee.split("+")))
         for node in self.nodes:
@@ -751,6 +754,16 @@ class Cluster:
             for voter in self.founders():
                 if voter.is_correct:
                     self.submit(voter, self.workload.admit(node.node_id))
+
+    def _dismiss(self) -> None:
+        """Once it was admitted: a voter sends the guest away."""
+        guest = self.nodes[self.plan.voter_count]
+        up = [node for node in self.founders() if node.is_correct and node.is_up]
+        if up and any(guest.key in node.replica.state.admitted for node in up):
+            self.submit(self.rng.choice(up), self.workload.dismiss(guest.node_id))
+            self.counts.add("dismissals")
+        elif not self.is_stable:
+            self.after(50.0, self._dismiss)
 
     def _change_committee(self, changes: list[str]) -> None:
         """Operators tell every voter the same thing, and again until it is done."""

@@ -61,6 +61,8 @@ class Plan:
     """How long a lane that was left must be quiet before it is closed; 0: as in the product."""
     admits: bool = False
     """An observer is admitted and writes too."""
+    dismisses: bool = False
+    """And is dismissed again before GST."""
     late_node_count: int = 0
     """Nodes that are down from the beginning to GST."""
 
@@ -273,6 +275,22 @@ def leases(rng: random.Random) -> Plan:
 @scenario
 def observers(rng: random.Random) -> Plan:
     return _rough(rng, observer_count=2, admits=True, mix="claims", crash_count=rng.randint(0, 2))
+
+
+@scenario
+def dismissal(rng: random.Random) -> Plan:
+    """A node is admitted and dismissed while what it writes is on its way, beside a voter that is silent or takes sides."""
+    return _rough(
+        rng,
+        loss=rng.choice((0.05, 0.2, 0.5)),
+        observer_count=2,
+        admits=True,
+        dismisses=True,
+        op_count=40,
+        behaviours=rng.choice(((), (("ack-none",),), (("ack-some", "sync-lies"),), (("ack-all", "garbage"),))),
+        crash_count=rng.choice((0, 0, 1)),
+        close_quiet_ms=rng.choice((50, 200)),
+    )
 
 
 @scenario

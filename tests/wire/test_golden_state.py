@@ -16,7 +16,7 @@ import pytest
 from formation.core.codec import Context, encode, parse_signed, sign_value, verify_ed25519
 from formation.core.errors import DecodeError
 from formation.core.event import EVENT_TYPES, parse_event
-from formation.core.ids import NetworkId
+from formation.core.ids import NetworkId, node_id_of
 from formation.state import sync
 from formation.state.ack import ack_signature_holds, parse_ack
 from formation.state.equivocation import equivocation_holds, parse_equivocation
@@ -205,6 +205,8 @@ def test_every_item_of_a_state_obeys_its_schema() -> None:
     replica = make_replica(0, voter_count=1)
     for kind, ops in state_values.life_of_one_voter(make_wish):
         submit(replica, kind, ops)
+    replica.state.dismissed[KEYS[0].public_key] = 1
+    replica.state._dirty.add(("dismissed", node_id_of(KEYS[0].public_key)))
     replica.state.ban(next(iter(replica.state.admitted)), VALUES["equivocation"][1])
     replica.tree.update(replica.state.take_dirty())
     sections = set()
@@ -226,6 +228,7 @@ def test_every_item_of_a_state_obeys_its_schema() -> None:
         "quota",
         "admitted",
         "banned",
+        "dismissed",
         "cell.vm",
         "cell.value",
     }

@@ -303,6 +303,15 @@ async def test_a_bundle_proves_an_operation(tmp_path: Path, jumping_clock: trio.
         assert found.certified is not None
         assert found.final is not None
         assert found.final_height <= replica.state.height
+        await nodes.stop(0)
+        async with trio.open_nursery() as nursery:
+            await nodes.start(nursery, 0)
+            answer = await nodes.client().get(f"/v1/ops/{name}-0/bundle")
+            again = verify_op(answer.body, verify=verify_ed25519)
+            # What others acknowledged before the restart is gone; the final cut needs none of it.
+            assert again.certified is None
+            assert (again.final, again.final_height) == (found.final, found.final_height)
+            nursery.cancel_scope.cancel()
 
 
 async def test_an_operation_that_is_not_there(tmp_path: Path, jumping_clock: trio.abc.Clock) -> None:

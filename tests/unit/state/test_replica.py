@@ -12,9 +12,11 @@ from formation.state.effects import Commit, CommitReady, Notify, RangeReceived, 
 from formation.state.feed import Level
 from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EVIDENCE
 from formation.state.lane import Head
+from formation.state.lanes import ORPHAN_ACK_COUNT_MAX
 from formation.state.op import event_op
-from formation.state.replica import RecordKindOf
+from formation.state.replica import RecordKindOf, Replica
 from tests.unit.state.replicas import (
+    KEYS,
     NOW_NS,
     OP,
     PEER,
@@ -29,6 +31,8 @@ from tests.unit.state.replicas import (
     make_block,
     make_chain,
     make_replica,
+    node_id,
+    settle,
     submit,
     take,
 )
@@ -72,11 +76,11 @@ def test_a_quorum_of_acks_certifies() -> None:
     assert replica.counts == (1, 1)
 
 
-def test_a_forged_early_ack_is_no_fault_of_who_brings_the_block() -> None:
-    """It waited for its lane unchecked; the honest peer's block is taken with all that is honest beside it."""
+def test_a_forged_early_ack_is_a_fault_of_who_brings_it() -> None:
+    """It is checked before it waits for its lane; the block's bringer is not blamed for it, and what is honest counts."""
     replica, entry = make_replica(), make_block()
     true = make_ack(3, entry)
-    take(replica, FRAME_ACK + true[:-1] + bytes([true[-1] ^ 1]))
+    assert faults(take(replica, FRAME_ACK + true[:-1] + bytes([true[-1] ^ 1]))) == ["ack: the signature does not hold"]
     take(replica, FRAME_ACK + make_ack(2, entry))
     assert faults(take(replica, FRAME_BLOCK + entry.raw)) == []
     take(replica, FRAME_ACK + true)
@@ -191,6 +195,69 @@ def test_acks_make_no_lanes() -> None:
     for n in range(1, 50):
         take(replica, FRAME_ACK + make_ack(2, make_block(incarnation=n), n=n))
     assert len(replica.lanes) == before
+    assert {voter: len(kept) for voter, kept in replica.lanes._orphans.items()} == {2: ORPHAN_ACK_COUNT_MAX}
+    assert len(replica.lanes._orphan_lanes) == ORPHAN_ACK_COUNT_MAX
+
+
+def test_nobody_pushes_out_the_early_acks_of_another() -> None:
+    """Forgeries are not kept, copies are not kept twice, and what a liar signs counts as its own."""
+    replica, entry = make_replica(), make_block()
+    true = make_ack(3, entry)
+    take(replica, FRAME_ACK + true)
+    for n in range(1, 50):
+        unknown = make_block(incarnation=n + 1)
+        take(replica, FRAME_ACK + make_ack(2, unknown, n=n))
+        forged = make_ack(3, unknown, n=n)
+        take(replica, FRAME_ACK + forged[:-1] + bytes([forged[-1] ^ 1]))
+        take(replica, FRAME_ACK + true)
+    assert [kept.raw for kept in replica.lanes._orphans[3]] == [true]
+    take(replica, FRAME_BLOCK + entry.raw)
+    take(replica, FRAME_ACK + make_ack(2, entry, n=99))
+    commit(replica)
+    assert replica.counts[1] == 1
+    assert 3 not in {v for v, kept in replica.lanes._orphans.items() if kept}, "what names nothing more is let go"
+
+
+def dismissed(replica: Replica, index: int = 5) -> None:
+    """The node was admitted, and is not any more."""
+    replica.state.admitted.pop(KEYS[index], None)
+    replica.state.dismissed[KEYS[index]] = 1
+    replica.lanes.end_writer(KEYS[index], NOW_NS)
+
+
+def test_the_lane_of_one_who_was_dismissed_is_taken_up_where_a_voter_acknowledged_it() -> None:
+    """Its first block came too late: without an ack of a voter it is nothing, with one it is acknowledged as far as that."""
+    replica, (first, second) = make_replica(), make_chain(2, author=5)
+    dismissed(replica)
+    for entry in (first, second):
+        take(replica, FRAME_BLOCK + entry.raw)
+    assert lane_of(replica, first) is None
+    take(replica, FRAME_ACK + make_ack(2, first))
+    for entry in (first, second):
+        take(replica, FRAME_BLOCK + entry.raw)
+    assert lane_of(replica, first).head_seq == 2
+    assert acked(settle(replica)) == [(first.block.lane, 1)]
+
+
+def test_an_ack_brings_in_no_stranger() -> None:
+    """Who was never admitted has no lanes, whatever a lying voter acknowledges."""
+    replica, entry = make_replica(), make_block(author=5)
+    take(replica, FRAME_ACK + make_ack(2, entry))
+    take(replica, FRAME_BLOCK + entry.raw)
+    assert lane_of(replica, entry) is None
+
+
+@pytest.mark.parametrize("is_acked", [False, True])
+def test_at_the_end_of_a_writer_lanes_go_that_nobody_acknowledged(is_acked: bool) -> None:
+    """Nobody would begin to, so they would be told for ever; what a voter acknowledged stays, and ends by the spine."""
+    replica, entry = make_replica(), make_block(author=5)
+    replica.state.admitted[KEYS[5]] = node_id(0)
+    take(replica, FRAME_BLOCK + entry.raw)
+    if is_acked:
+        take(replica, FRAME_ACK + make_ack(2, entry))
+    dismissed(replica)
+    assert (lane_of(replica, entry) is not None) is is_acked
+    assert (replica.lanes.index.row(entry.block.lane) is not None) is is_acked
 
 
 @pytest.mark.parametrize("count", [1, 3])
