@@ -192,11 +192,6 @@ class Accounts:
         account = self._accounts.get(account_id)
         return () if account is None else tuple(sorted(account.delegations.items()))
 
-    def owner_of(self, object_id: str) -> str:
-        """The account that an object belongs to; empty: there is no such object."""
-        known = self._objects.get(object_id)
-        return "" if known is None else known.owner
-
     def role_of(self, object_id: str, account_id: str) -> Role | None:
         """An account's role on an object."""
         known = self._objects.get(object_id)

@@ -388,8 +388,11 @@ class State:
         )
         if void:
             return void
-        if cell.placed is None or cell.placed[0] != op.node_id:
-            cell.placed = (op.node_id, event.why, op.hlc, *fence)
+        lease = self.placement(op.object_id)
+        assert lease is not None
+        if cell.placed is None or cell.placed[3:] != lease.fence:
+            # A new grant, also where it goes to who held it before: what the fence guards must not take the old for the new.
+            cell.placed = (op.node_id, event.why, op.hlc, *lease.fence)
         self._touch(_VM, op.object_id, cell)
         return ""
 

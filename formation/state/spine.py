@@ -237,18 +237,9 @@ class Spine:
         return self._book.final.time_ms
 
     @property
-    def notarised_view(self) -> int:
-        """Highest view with a notarised proposal."""
-        return self._book.top
-
-    @property
     def is_waiting(self) -> bool:
         """Whether the timer of this view runs."""
         return self._deadline_ns is not None
-
-    def notarised_hash(self, view: int) -> bytes | None:
-        """Hash of the proposal notarised in a view above the final one; None when unknown."""
-        return self._book.notarised(view)
 
     def proposal(self, hash_: bytes) -> ProposalEntry | None:
         """A proposal above the final head; None when unknown."""
@@ -419,23 +410,15 @@ class Spine:
         self._learn_final(raw, ())
         self._settle(now_ns)
 
-    def take_final_chain(self, proposals: Sequence[bytes], certificate: bytes, now_ns: int) -> None:
-        """Final heights from a peer: proposals ascending from any height up to the one above our head, and a certificate.
-
-        Only the certificate's signatures are checked: the proposals are bound to it by their hashes. The certificate's
-        own proposal may be left away. What we know to be final already is skipped.
-
-        Raises:
-          DecodeError: not a chain from our final head to a certificate that holds.
-        """
-        self._learn_final(certificate, proposals)
-        self._settle(now_ns)
-
     def take_frames(self, frames: Sequence[Frame], now_ns: int) -> None:
         """A peer's `frames_since`.
 
+        Of final heights only the certificates' signatures are checked: the proposals before each, ascending from any height up
+        to the one above our head, are bound to it by their hashes. What we know to be final already is skipped.
+
         Raises:
-          DecodeError: as in `on_frame`; what came before the culprit was taken.
+          DecodeError: as in `on_frame`, or final heights that do not lead from our head to their certificate; what came
+            before the culprit was taken.
         """
         chain: list[bytes] = []
         try:

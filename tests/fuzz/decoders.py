@@ -24,7 +24,6 @@ from formation.state.checkpoint import (
     ItemProof,
     parse_snapshot_chunk,
     parse_snapshot_head,
-    parse_snapshot_range,
     verify_item,
 )
 from formation.state.equivocation import parse_equivocation
@@ -112,7 +111,6 @@ DECODERS: Mapping[str, tuple[Callable[[bytes], Any], tuple[str, ...]]] = {
     "parse_final_chain": (parse_final_chain, ("final chain", "link")),
     "decode_request": (sync.decode_request, ("hello", "spine pull", "frontier", "pull", "snapshot", "pieces")),
     "parse_snapshot_head": (partial(parse_snapshot_head, root=ROOT), ("snapshot head",)),
-    "parse_snapshot_range": (parse_snapshot_range, ("ack",)),
     "parse_snapshot_chunk": (parse_snapshot_chunk, ("snapshot chunk",)),
     "verify_item": (lambda data: verify_item(ROOT, "spine", "", decode(data, ItemProof)), ("item proof",)),
     "verify_offer": (check_offer, ("offer",)),

@@ -365,6 +365,7 @@ class Checkers:
                     committee = mirror.committee.committee
                     self._cluster.committees[committee.epoch] = committee
                     self._cluster.counts.add("handovers")
+                    self._cluster.after(0.0, self._cluster.on_handover)
                 case ("due",):
                     mirror.note_checkpoint()
                     self._cluster.counts.add("checkpoints")
@@ -495,6 +496,8 @@ class Judge:
         self.deleted: set[str] = set()
         self.fences: dict[str, tuple[int, int]] = {}
         """Highest fence that ever was granted for a key."""
+        self.granted: dict[str, tuple[tuple[int, int], int]] = {}
+        """(fence, spine's time) of the newest grant of a key."""
 
     def begin(self, time_ms: int) -> None:
         self.before_ms, self.now_ms = self.now_ms, time_ms
@@ -517,6 +520,15 @@ class Judge:
             if fence < self.fences.get(identity, (0, 0)):
                 breach("I6", f"the fence of {identity} fell")
             self.fences[identity] = fence
+            granted = self.granted.setdefault(identity, (fence, lease.granted_ms))
+            if lease.granted_ms > granted[1]:
+                if fence <= granted[0]:
+                    breach("I6", f"{identity} was granted anew under the fence that it had")
+                self.granted[identity] = (fence, lease.granted_ms)
+            if identity.startswith(PLACEMENT + "/"):
+                cell = state.final_cell(RecordKind.VM, identity.partition("/")[2])
+                if cell is None or cell.placed is None or (cell.placed[0], cell.placed[3:]) != (owner, fence):
+                    breach("I6", f"{identity} is held under {fence}, and the vm does not say so")
 
     def is_void(self, op: Judged, fence: tuple[int, int], state: State) -> bool | None:
         """Whether the operation must be void; None: not for this judge to say. Takes its effect."""

@@ -755,6 +755,32 @@ class Cluster:
                 if voter.is_correct:
                     self.submit(voter, self.workload.admit(node.node_id))
 
+    def on_handover(self) -> None:
+        """The first replica has applied one: a voter that has not is cut off, until the others have been restarted."""
+        if not self.plan.misses_handover or "missed handovers" in self.counts.by_name:
+            return
+        late = [
+            node for node in self.founders() if node.is_up and node.replica.spine.epoch == 0 and not node.replica.spine.is_ended
+        ]
+        if len(late) > 2:
+            self.counts.add("missed handovers")
+            alone = self.rng.choice(late)
+            others = [node for node in self.nodes if node is not alone]
+            for other in others:
+                self.cuts[alone.name, other.name] = self.cuts[other.name, alone.name] = 1
+            self.after(3_500, partial(self._restart_all_but, alone, others))
+
+    def _restart_all_but(self, alone: Node, others: list[Node]) -> None:
+        if all(node.replica.spine.epoch and node.replica.checkpoint_head is not None for node in others if node.is_up):
+            self.counts.add("restarted after a handover")
+        for node in others:
+            self.crash(node, down_ms=50)
+        self.after(100, partial(self._reunite, alone, others))
+
+    def _reunite(self, alone: Node, others: list[Node]) -> None:
+        for other in others:
+            self.cuts[alone.name, other.name] = self.cuts[other.name, alone.name] = 0
+
     def _dismiss(self) -> None:
         """Once it was admitted: a voter sends the guest away."""
         guest = self.nodes[self.plan.voter_count]

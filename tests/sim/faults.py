@@ -61,6 +61,8 @@ class Plan:
     """How long a lane that was left must be quiet before it is closed; 0: as in the product."""
     admits: bool = False
     """An observer is admitted and writes too."""
+    misses_handover: bool = False
+    """One voter is cut off when the committee changes, and all others crash before it comes back."""
     dismisses: bool = False
     """And is dismissed again before GST."""
     late_node_count: int = 0
@@ -240,6 +242,21 @@ def committee(rng: random.Random) -> Plan:
         partition_count=rng.choice((0, 0, 1)),
         gst_ms=1600,
         admits=rng.random() < 0.3,
+    )
+
+
+@scenario
+def missed_handover(rng: random.Random) -> Plan:
+    """A voter with all blocks misses the end of an epoch, and whoever could tell it has been restarted since."""
+    return Plan(
+        observer_count=3,
+        committee="grow",
+        misses_handover=True,
+        op_count=rng.randint(4, 16),
+        loss=rng.choice((0.0, 0.05)),
+        delay_ms_max=rng.choice((20.0, 60.0)),
+        gst_ms=8000,
+        limit_ms=20_000,
     )
 
 

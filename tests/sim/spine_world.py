@@ -493,8 +493,8 @@ class World:
         assert not both <= self.signed.keys(), f"I4: voter {voter} nullified and finalized view {view}"
 
     def _check_notarised(self, host: Host) -> None:
-        view = host.spine.notarised_view
-        hash_ = host.spine.notarised_hash(view)
+        view = host.spine._book.top
+        hash_ = host.spine._book.notarised(view)
         if hash_ is not None and view > host.spine.final.view:
             known = self.notarised.setdefault(view, hash_)
             assert known == hash_, f"I2: two notarised proposals in view {view}"

@@ -403,7 +403,7 @@ async def test_roles_on_a_vm_are_listed(tmp_path: Path, jumping_clock: trio.abc.
     """The owner, and whom it gave a role."""
     async with running(tmp_path, voters=1, hosts=frozenset()) as nodes:
         vm_id = await nodes.create(await nodes.build())
-        await eventually(lambda: nodes[0].state.replica.state.accounts.owner_of(vm_id) == ACCOUNT)
+        await eventually(lambda: nodes[0].state.replica.view.owner(vm_id, Level.FINAL) == ACCOUNT)
         await say(nodes, GrantGiven(account=OTHER.account_id, level=int(Role.OPERATOR)), vm_id)
         shown = await get(nodes, "/v1/vms/web/grants")
         assert shown["owner"] == ACCOUNT
@@ -416,7 +416,7 @@ async def test_a_permit_is_by_the_key_in_force(tmp_path: Path, jumping_clock: tr
     async with running(tmp_path, voters=4) as nodes:
         vm_id, _ = await nodes.boot()
         await eventually(lambda: nodes[1].state.view.vm(vm_id) is not None)
-        await eventually(lambda: nodes[0].state.replica.state.accounts.owner_of(vm_id) == ACCOUNT)
+        await eventually(lambda: nodes[0].state.replica.view.owner(vm_id, Level.FINAL) == ACCOUNT)
 
         async def look(path: str, permit: str) -> int:
             async with nodes.client(1).open("GET", f"/v1/vms/{vm_id}/{path}", headers={"formation_permit": permit}) as call:
