@@ -3,10 +3,11 @@
 Rules (design/state sections 2 and 3):
 1. A block joins its lane iff it decodes, its author may write, the signature holds, it follows the head, its time rises
    and is at most 500 ms ahead (later: it is *held*, never refused), its deps are certified here, and the spine's height
-   that it names is final here. What a quorum has acknowledged at that number need not pass our clock, our deps and our
-   window again: else a slow clock, or a long absence, would shut us out. (Should the author have forked its lane there,
-   `chain.adopt_nowait` mends it.) What a final cut covers needs no check of ours at all, not even of its signature: its
-   hash is named by what 2f+1 voters finalised (`take_trusted`).
+   that it names is final here. Above its author's rate (`limits`) it is held as well. What a quorum has acknowledged at
+   that number need not pass our clock, our deps, our rates and our window again: else a slow clock, or a long absence,
+   would shut us out. (Should the author have forked its lane there, `chain.adopt_nowait` mends it.) What a final cut covers
+   needs no check of ours at all, not even of its signature: its hash is named by what 2f+1 voters finalised
+   (`take_trusted`).
 2. We acknowledge a lane only while it is its key's newest incarnation (an older one, or one whose author may not write any
    more, only as far as another voter has acknowledged it: so all voters end at the same block), no evidence stands against
    it, its key is not banned, and we have not voted for its end below. Never two hashes for one (lane, seq): the chain at and
@@ -54,6 +55,7 @@ from formation.state.lane import (
     parse_evidence,
     sign_block,
 )
+from formation.state.limits import AuthorRates
 from formation.state.op import PlainOp
 from formation.state.sync import FrontierIndex, FrontierRow, Range
 
@@ -165,6 +167,7 @@ class Lanes:
         """Voter → when we last learnt of an ack of it."""
         self._orphans: dict[int, deque[AckEntry]] = {}
         """Voter → its acks that name lanes that are not here; their signatures hold."""
+        self._rates = AuthorRates()
         self._orphan_lanes: dict[LaneId, int] = {}
         """How many of them name a lane."""
         self._trusted: dict[bytes, None] = {}
@@ -502,7 +505,21 @@ class Lanes:
         missing = [LaneId(dep.lane) for dep in block.deps if not self._is_dep_met(dep)]
         for dep in missing:
             self._waiting_for.setdefault(dep, set()).add(lane.id)
-        return not missing
+        return not missing and self._has_tokens(lane, entry, now_ns)
+
+    def _has_tokens(self, lane: Lane, entry: Entry, now_ns: int) -> bool:
+        """Whether its author's rate has room for this block; else it is held until it has."""
+        wait_ns = self._rates.wait_ns(
+            lane.public_key,
+            is_voter=lane.public_key in self.committee.index_of,
+            op_count=len(entry.block.ops),
+            size_bytes=len(entry.raw),
+            now_ns=now_ns,
+        )
+        if wait_ns:
+            self._held[lane.id] = now_ns + wait_ns
+            self.out.append(WakeAt(now_ns + wait_ns))
+        return not wait_ns
 
     def _is_dep_met(self, dep: Head) -> bool:
         # This very block: a dep on another one of its number could never be found when the order wants it.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from formation.core.clock import NS_PER_MS
 from formation.core.event import Topic, VmBooted, VmDeleted
 from formation.state.chain import WINDOW_COUNT_MAX
 from formation.state.effects import Commit, CommitReady, Notify, RangeReceived, Send, Stored, Submit, Tick, WakeAt
@@ -13,6 +15,7 @@ from formation.state.feed import Level
 from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EVIDENCE
 from formation.state.lane import Head
 from formation.state.lanes import ORPHAN_ACK_COUNT_MAX
+from formation.state.limits import GUEST_BURST_COUNT
 from formation.state.op import event_op
 from formation.state.replica import RecordKindOf, Replica
 from tests.unit.state.replicas import (
@@ -292,3 +295,38 @@ def test_what_is_known_already_changes_nothing() -> None:
     assert replica.counts == (1, 0)
     assert not replica.needs_commit
     assert lane_of(replica, entry).head == head_of(entry)
+
+
+def test_a_flood_of_small_operations_holds_up_nobody_else() -> None:
+    """An author that fills its window is slowed to its rate; others' blocks join at once, and its own all come in time."""
+    replica = make_replica()
+    replica.state.admitted[KEYS[5]] = node_id(0)
+    flood = make_chain(20, author=5, ops=(OP,) * 1024)
+    for entry in flood:
+        take(replica, FRAME_BLOCK + entry.raw)
+    at_once = lane_of(replica, flood[0]).head_seq
+    assert 1 <= at_once <= GUEST_BURST_COUNT // 1024
+    honest = make_block(author=2)
+    take(replica, FRAME_BLOCK + honest.raw)
+    assert lane_of(replica, honest).head_seq == 1
+    now_ns, seen = NOW_NS, [at_once]
+    while seen[-1] < 20:
+        now_ns += NS_PER_MS * 100
+        effects = replica.handle(Tick(), now_ns)
+        assert faults(effects) == []
+        seen.append(lane_of(replica, flood[0]).head_seq)
+    assert now_ns - NOW_NS > NS_PER_MS * 1_000, "slowed"
+    assert len(seen) < 60, "and not stopped"
+    assert max(after - before for before, after in pairwise(seen)) <= 2, "no burst again"
+
+
+def test_what_a_quorum_acknowledged_joins_above_the_rate() -> None:
+    """Others had room for it: to wait here would only keep us behind."""
+    replica = make_replica()
+    replica.state.admitted[KEYS[5]] = node_id(0)
+    flood = make_chain(20, author=5, ops=(OP,) * 1024)
+    for entry in flood:
+        take(replica, FRAME_BLOCK + entry.raw)
+    for voter in (1, 2, 3):
+        take(replica, FRAME_ACK + make_ack(voter, flood[-1]))
+    assert lane_of(replica, flood[0]).certified_seq == 20
