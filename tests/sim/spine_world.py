@@ -186,6 +186,8 @@ class Faults:
     """Before GST; afterwards there is always sync."""
     closes: bool = False
     handover: bool = False
+    bans: bool = False
+    """Each liar is banned at some moment before GST, which correct nodes learn of one after the other."""
     checkpoint_interval: int = 0
     op_count: int = 12
     lane_count: int = 4
@@ -700,6 +702,11 @@ def build(seed: int, faults: Faults, **options: object) -> World:
         at_ms = rng.uniform(0, gst_ms)
         for host in everybody:
             world.after(at_ms + rng.expovariate(1 / 30), partial(world.wish, host, _hand_over))
+    for liar in world.liars if faults.bans else ():
+        at_ms = rng.uniform(0, gst_ms * 0.8)
+        for host in everybody:
+            world.after(at_ms + rng.expovariate(1 / 100), partial(world.wish, host, partial(_ban, voter=liar)))
+            world.after(gst_ms + 50, partial(world.wish, host, partial(_ban, voter=liar)))
     hosts = list(world.hosts.values())
     for _ in range(faults.crash_count):
         world.after(rng.uniform(0, gst_ms), partial(world.crash, rng.choice(hosts)))
@@ -730,6 +737,10 @@ def _close(oracle: FakeOracle, *, lane: bytes, seq: int) -> None:
 
 def _hand_over(oracle: FakeOracle) -> None:
     oracle.handover = b"handover"
+
+
+def _ban(oracle: FakeOracle, *, voter: int) -> None:
+    oracle.banned.add(voter)
 
 
 def _jump(host: Host, jump_ns: int) -> None:
