@@ -651,6 +651,8 @@ class Lanes:
         for lane in gone:
             self.close(lane)
             self.waiters_of_closed(lane, now_ns)
+        for kept in [each for each in mine if each.id not in gone]:
+            self._touch(kept)
         return tuple(gone)
 
     def waiters_of_closed(self, lane_id_: LaneId, now_ns: int) -> None:
@@ -1020,6 +1022,10 @@ class Lanes:
 
     def _touch(self, lane: Lane) -> None:
         """Put the lane's new state into the frontier. Of a frozen lane only what is certified: the rest differs for ever."""
+        if lane.evidence is not None and not lane.certified_seq and self._order.has_written(lane.public_key):
+            # Nothing of it will be certified: who has let it go need not hear of it, and who has it need not tell.
+            self.index.remove(lane.id)
+            return
         head = lane.certified if lane.evidence is not None else lane.head
         if head.seq > 0 or lane.evidence is not None:
             self.index.put(FrontierRow(lane.id, head.seq, head.hash, lane.certified_seq, lane.evidence is not None))
@@ -1061,6 +1067,8 @@ class Lanes:
         """After the last record: forget what recovery gathered."""
         self.out, self.log, self.risen = [], [], {}
         self._to_ack = dict.fromkeys(self.uncertified)
+        for lane_id_ in self.evidence_raw:
+            self._touch(self._lanes[lane_id_])
         # Our own acks may have completed a certificate that was not written down any more: in a network of one they do.
         for lane_id_ in list(self.uncertified):
             self._certify(self._lanes[lane_id_])

@@ -93,3 +93,8 @@ def test_who_missed_a_handover_needs_no_snapshot(forgets: bool, monkeypatch: pyt
     counts = [run("missed-handover", seed).counts.by_name for seed in range(4)]
     assert sum(each.get("restarted after a handover", 0) for each in counts) > 0
     assert (sum(each.get("installs", 0) for each in counts) > 0) is forgets
+
+
+def test_a_forked_lane_of_a_banned_key_is_not_told_for_ever() -> None:
+    """One voter had let it go, others had acknowledged some of it, and nobody could close it (seed found by the simulator)."""
+    assert _failure("byzantine-seven", 2036) is None
