@@ -93,6 +93,7 @@ def root_of(cell_count: int) -> tuple[StateTree, bytes]:
         parent=b"p" * 32,
         time_ms=START_NS // NS_PER_MS,
         cut=(),
+        equivocations=(),
         closes=(),
         checkpoint=CheckpointRef(7, tree.root()),
         handover=None,

@@ -263,6 +263,14 @@ def _voters_text(state: Row) -> str:
     return text + (f"\nsilent: {', '.join(silent)}" if silent else "")
 
 
+def _banned_text(state: Row) -> str:
+    def one(node: Row) -> str:
+        where = f", final at height {node['height']}" if node["height"] else ""
+        return f"{node['name']} (signed {node['why']}{where})"
+
+    return "\n".join(map(one, state["banned"]))
+
+
 def _node_text(state: Row) -> str:
     word = "votes" if state["is_voter"] else "writes, and does not vote" if state["may_write"] else "only reads"
     return f"{state['name']}, {word}" + ("" if state["is_level"] else "; is behind its peers")
@@ -274,6 +282,6 @@ STATE_FIELDS = (
     Column("Operations", _counts_text),
     Column("Spine", _spine_text),
     Column("Checkpoint", _checkpoint_text),
-    Column("Banned", lambda state: ", ".join(node["name"] for node in state["banned"]), style=lambda _: "red"),
+    Column("Banned", _banned_text, style=lambda _: "red"),
     Column("Disk", lambda state: format_size(int(state["disk_size_bytes"]))),
 )

@@ -317,9 +317,8 @@ class StateApi:
             proofs = lookup.proofs_of(replica, ref)
             if proofs.final:
                 votes = parse_final_chain(proofs.final).certificate.votes
-                committee = replica.state.committee.committee
-                if votes[0].vote.epoch == committee.epoch:
-                    signers = names_of(self._reads, (committee.node_ids[vote.vote.voter] for vote in votes))
+                committee = replica.committee_of(votes[0].vote.epoch)
+                signers = names_of(self._reads, (committee.node_ids[vote.vote.voter] for vote in votes))
         return self._shown.op(found, final_signers=signers)
 
     async def get_op_bundle(self, ask: Ask) -> Answer:

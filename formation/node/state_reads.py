@@ -27,6 +27,7 @@ from formation.node.reads import Reads
 from formation.node.stream import json_fields
 from formation.state.chain import Lane
 from formation.state.claims import SPACES, Lease
+from formation.state.equivocation import parse_equivocation
 from formation.state.feed import Level
 from formation.state.final_chain import parse_final_chain
 from formation.state.lane import lane_incarnation
@@ -89,11 +90,19 @@ class StateReads:
             "voters": self.seats(),
             "lane_count": len(lanes),
             "lanes": lanes[:LANE_COUNT_MAX],
-            "banned": [self._node(node_id_of(key)) for key in replica.lanes.banned_keys],
+            "banned": self._banned(),
             "checkpoint": self._checkpoint(now_ms),
             "disk_size_bytes": service.store_size_bytes,
             "clock_ahead_ms": status.clock_ahead_ms,
         }
+
+    def _banned(self) -> list[dict[str, Any]]:
+        """Keys that signed two ways, why, and since which final height; 0: it is known here, and not final."""
+        replica = self.reads.state.replica
+        found = dict.fromkeys(replica.lanes.banned_keys, ("two blocks", 0))
+        found |= {parse_equivocation(raw).key: ("two votes", 0) for raw in replica.equivocations.pending()}
+        found |= {key: ("two votes", height) for key, (height, _) in replica.state.banned.items()}
+        return [self._node(node_id_of(key)) | {"why": why, "height": height} for key, (why, height) in sorted(found.items())]
 
     def _lane(self, lane: Lane, now_ms: int) -> dict[str, Any]:
         oldest = lane.tail.get(lane.final_seq + 1) or lane.chain.get(lane.final_seq + 1)

@@ -6,7 +6,7 @@ is sent the peer's answer; the shell drives it over streams, the simulator over 
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -17,6 +17,7 @@ from formation.state.checkpoint import SnapshotHead, SnapshotRange, SnapshotSour
 from formation.state.effects import RangeReceived, SpineReceived
 from formation.state.lane import LaneId
 from formation.state.replica import Replica
+from formation.state.spine_book import Frame
 from formation.state.store import Store
 
 # One round brings at most this many answers (of 1 MiB); then another peer has its turn.
@@ -71,7 +72,7 @@ def sync_round(replica: Replica, peer: NodeId, *, with_closed: bool) -> Round:
             for row in frontier.rows
             if not replica.is_lane_closed(LaneId(row.lane)) and replica.lanes.takes(LaneId(row.lane))
         )
-    yield Push(_frames_they_lack(replica, rows, buckets))
+    yield Push(replica.equivocation_frames() + _frames_they_lack(replica, rows, buckets))
     wanted = sync.plan_pull(replica.lanes.index, rows, is_doubtful=replica.lanes.is_doubtful)
     own = replica.lanes.uncertified_ranges(with_closed=with_closed)
     named = {r.lane for r in wanted}
@@ -152,18 +153,22 @@ def answer_from_memory(replica: Replica, request: sync.Request) -> sync.Answer |
             return sync.Buckets(fingerprints, spine.epoch, spine.view, spine.final_height)
         case sync.SpinePull(epoch, view, height):
             if epoch != spine.epoch:
-                former = replica.former_spine(epoch)
+                former = replica.former_epoch(epoch)
                 if former is None:
                     return sync.SpinePulled((), epoch < spine.epoch)
-                spine = former
+                frames = former.final_frames(height=height, size_max_bytes=sync.SPINE_SIZE_MAX_BYTES)
+                return sync.SpinePulled(_packed(frames), not former.reaches(height))
             frames = spine.frames_since(view=view, height=height, size_max_bytes=sync.SPINE_SIZE_MAX_BYTES)
-            packed = tuple(bytes((kind,)) + raw for kind, raw in frames)[: sync.SPINE_FRAME_COUNT_MAX]
-            return sync.SpinePulled(packed + replica.freeze_frames(), not spine.reaches(height))
+            return sync.SpinePulled(_packed(frames) + replica.freeze_frames(), not spine.reaches(height))
         case sync.FrontierRequest():
             return sync.answer_frontier(replica.lanes.index, request)
         case sync.SnapshotAsk():
             return replica.snapshot_offer()
     return None
+
+
+def _packed(frames: Iterable[Frame]) -> tuple[bytes, ...]:
+    return tuple(bytes((kind,)) + raw for kind, raw in frames)[: sync.SPINE_FRAME_COUNT_MAX]
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,7 +233,7 @@ class StateTree:
         return _array(self._buckets[number])
 
     def take_dirty(self) -> LazyBuckets:
-        """The buckets that `update` changed since the last call (or `mark`), as they are now; joined when they are read."""
+        """The buckets that `update` changed since the last call, as they are now; joined when they are read."""
         self._merge()
         taken = LazyBuckets({number: tuple(self._buckets[number]) for number in sorted(self._changed)})
         self._changed.clear()
@@ -242,16 +242,6 @@ class StateTree:
     def settle(self) -> None:
         """Do now what `root` would have to do first: a little work often instead of much at once."""
         self._merge()
-
-    def dirty_buckets(self) -> tuple[int, ...]:
-        """Numbers of the buckets that `update` changed since `mark`, ascending."""
-        self._merge()
-        return tuple(sorted(self._changed))
-
-    def mark(self) -> None:
-        """All dirty buckets are safe in the store."""
-        self._merge()
-        self._changed.clear()
 
     def get(self, section: str, object_id: str) -> bytes | None:
         """The value of an item, if there is one."""
@@ -384,18 +374,6 @@ def parse_snapshot_head(raw: bytes, *, root: bytes) -> SnapshotHead:
     return head
 
 
-def parse_snapshot_range(raw: bytes) -> SnapshotRange:
-    """What a peer asks for.
-
-    Raises:
-      DecodeError: not that, or out of bounds.
-    """
-    wanted = decode(raw, SnapshotRange)
-    if wanted.height < 0 or wanted.first < 0 or wanted.count not in range(1, CHUNK_PIECE_COUNT_MAX + 1):
-        raise DecodeError("snapshot range: out of bounds")
-    return wanted
-
-
 def parse_snapshot_chunk(raw: bytes) -> SnapshotChunk:
     """A peer's answer; its pieces are checked by `SnapshotAssembly.take`.
 
@@ -498,11 +476,6 @@ class SnapshotAssembly:
     def is_complete(self) -> bool:
         """Whether every bucket was kept or has come out of `take`."""
         return self._state.count(self._HELD) == len(self._state)
-
-    @property
-    def missing_count(self) -> int:
-        """How many pieces are not here yet, asked for or not."""
-        return len(self._state) - self._state.count(self._HELD)
 
     def wanted(self, count: int) -> tuple[SnapshotRange, ...]:
         """Up to so many ranges to ask peers for; each is then under way until `take` or `give_back`."""

@@ -36,7 +36,7 @@ class FinalChain(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fi
     """Array of two."""
 
     proposals: tuple[bytes, ...]
-    """COSE_Sign1 of each, ascending, without the certificate's own. Mostly none."""
+    """CBOR of the LedProposal of each, ascending, without the certificate's own. Mostly none."""
     certificate: bytes
     """CBOR of the FinalCertificate of the last. The first of all of them is what is proven."""
 

@@ -53,7 +53,7 @@ from formation.core.event import (
     VmRequested,
     Writer,
 )
-from formation.core.ids import NetworkId, public_key_of_account, public_key_of_node
+from formation.core.ids import NetworkId, node_id_of, public_key_of_account, public_key_of_node
 from formation.core.intent import LIFETIME_MS
 from formation.state.accounts import OTHER_OBJECTS, Accounts, Actor, Intents
 from formation.state.cells import Cell, author_of
@@ -79,7 +79,9 @@ VALUE_CHARGE_BYTES = 512
 # Lane, number and index of a node's own write; an intent's dot is its digest.
 DOT_SIZE_BYTES = LANE_ID_SIZE_BYTES + 8 + 4
 CELL_KINDS = (RecordKind.NODE, RecordKind.ACCOUNT, RecordKind.IMAGE, RecordKind.VM, RecordKind.VALUE)
-_LANE, _KEY, _SPINE, _ADMITTED, _BURIED = "lane", "key", "spine", "admitted", "buried"
+_LANE, _KEY, _SPINE, _ADMITTED, _BURIED, _BANNED = "lane", "key", "spine", "admitted", "buried", "banned"
+_DISMISSED = "dismissed"
+_BANNED_VOID = "its key is banned: it signed two ways"
 # Cells of values that are kept as objects, 1.2 KiB each; an encoded one takes 0.4 and is a cell again in some µs.
 HOT_CELL_COUNT_MAX = 65_536
 _CELL = {kind.value: f"cell.{kind.value}" for kind in CELL_KINDS}
@@ -160,6 +162,12 @@ class State:
         """Key → its newest closed incarnation: it and older ones are never taken again."""
         self.admitted: dict[bytes, str] = {}
         """Keys of nodes that may write and do not vote → the NodeId of the voter that let them in."""
+        self.dismissed: dict[bytes, int] = {}
+        """Keys of nodes that were admitted → the height at which that ended; the newest of them."""
+        self._ended: list[bytes] = []
+        """Keys that may not write any more, since somebody last asked."""
+        self.banned: dict[bytes, tuple[int, bytes]] = {}
+        """Keys that provably signed two ways on the spine → (height, CBOR of the Equivocation)."""
         self._actor = Actor(node_id="")
         self._cells: dict[str, dict[str, Cell | None]] = {kind.value: {} for kind in CELL_KINDS}
         """None: the object is there, and cold: its cell is made again of its item when somebody asks."""
@@ -446,6 +454,9 @@ class State:
             case CheckpointWanted():
                 return self._want_checkpoint()
             case CommitteeProposed():
+                new = [seat for seat in event.voters if seat.public_key not in self.committee.committee.index_of]
+                if any(self.is_banned(seat.public_key) for seat in new):
+                    return _BANNED_VOID
                 return self.committee.apply(lane_key(op.lane), event, op.object_id, height=self.height)
             case NodeAdmitted():
                 return self._admit(op)
@@ -464,8 +475,11 @@ class State:
         )
         if void:
             return void
-        if cell.placed is None or cell.placed[0] != op.node_id:
-            cell.placed = (op.node_id, event.why, op.hlc, *fence)
+        lease = self.placement(op.object_id)
+        assert lease is not None
+        if cell.placed is None or cell.placed[3:] != lease.fence:
+            # A new grant, also where it goes to who held it before: what the fence guards must not take the old for the new.
+            cell.placed = (op.node_id, event.why, op.hlc, *lease.fence)
         self._touch(_VM, op.object_id, cell)
         return ""
 
@@ -629,16 +643,28 @@ class State:
         key = public_key_of_node(op.object_id)
         if key in self.committee.committee.index_of:
             return "it votes already"
+        if self.is_banned(key):
+            return _BANNED_VOID
         if len(self.admitted) >= ADMITTED_COUNT_MAX:
             return f"{ADMITTED_COUNT_MAX} nodes are admitted already"
         self.admitted[key] = op.node_id
         self._dirty.add((_ADMITTED, op.object_id))
+        if self.dismissed.pop(key, None) is not None:
+            self._dirty.add((_DISMISSED, op.object_id))
         return ""
 
     def _dismiss(self, op: Judged) -> str:
-        if self.admitted.pop(public_key_of_node(op.object_id), None) is None:
+        key = public_key_of_node(op.object_id)
+        if self.admitted.pop(key, None) is None:
             return "it is not admitted"
         self._dirty.add((_ADMITTED, op.object_id))
+        self._ended.append(key)
+        self.dismissed[key] = self.height
+        self._dirty.add((_DISMISSED, op.object_id))
+        if len(self.dismissed) > DISMISSED_COUNT_MAX:
+            oldest = min(self.dismissed, key=lambda each: (self.dismissed[each], each))
+            del self.dismissed[oldest]
+            self._dirty.add((_DISMISSED, node_id_of(oldest)))
         return ""
 
     # ── heights ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -678,7 +704,37 @@ class State:
 
     def may_write(self, public_key: bytes) -> bool:
         """Whether a node of this key may have lanes."""
+        return self.is_member(public_key) and public_key not in self.banned
+
+    def is_member(self, public_key: bytes) -> bool:
+        """Whether the key votes or was admitted."""
         return public_key in self.committee.committee.index_of or public_key in self.admitted
+
+    def is_banned(self, public_key: bytes) -> bool:
+        """Whether the final order has banned the key."""
+        return public_key in self.banned
+
+    def ban(self, public_key: bytes, evidence: bytes) -> bool:
+        """The order shows that a key signed two ways: it writes nothing any more. Others than members are nobody's concern.
+
+        Returns:
+          Whether that is news.
+        """
+        if not self.is_member(public_key) or self.is_banned(public_key):
+            return False
+        self.banned[public_key] = (self.height, evidence)
+        self._dirty.add((_BANNED, public_key.hex()))
+        self._ended.append(public_key)
+        return True
+
+    def has_written(self, public_key: bytes) -> bool:
+        """Whether the right of this key to write has ended, by a ban or a dismissal that is remembered."""
+        return public_key in self.banned or public_key in self.dismissed
+
+    def take_ended(self) -> tuple[bytes, ...]:
+        """Keys that may not write any more, since the last call."""
+        ended, self._ended = tuple(key for key in self._ended if not self.may_write(key)), []
+        return ended
 
     def note_checkpoint(self) -> None:
         """A checkpoint is due at this height: the next is counted from here, and what nothing can need any more goes."""
@@ -783,6 +839,10 @@ class State:
                 value = True if (record, object_id) in self._buried else None
             case "admitted":
                 value = self.admitted.get(public_key_of_node(identity))
+            case "dismissed":
+                value = self.dismissed.get(public_key_of_node(identity))
+            case "banned":
+                value = self.banned.get(bytes.fromhex(identity))
             case _:
                 cell = self._find(section.removeprefix("cell."), identity)
                 value = None if cell is None else cell.dump()
@@ -826,6 +886,10 @@ class State:
                 self._buried[record, object_id] = None
             case "admitted":
                 self.admitted[public_key_of_node(identity)] = value
+            case "dismissed":
+                self.dismissed[public_key_of_node(identity)] = value
+            case "banned":
+                self.banned[bytes.fromhex(identity)] = (value[0], value[1])
             case _:
                 raise DecodeError(f"snapshot item of unknown section {section[:40]!r}")
 
@@ -834,6 +898,8 @@ class State:
 IMPORT_CHARGE_BYTES = 512
 # More nodes than one committee can take the blocks of; larger networks are cells (design/state section 7).
 ADMITTED_COUNT_MAX = 1024
+# Of whom lanes may still come to their end; that takes seconds, so these are more than any honest operators dismiss meanwhile.
+DISMISSED_COUNT_MAX = 256
 
 
 def _charge_of(event: Event) -> int:

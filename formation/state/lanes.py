@@ -3,14 +3,17 @@
 Rules (design/state sections 2 and 3):
 1. A block joins its lane iff it decodes, its author may write, the signature holds, it follows the head, its time rises
    and is at most 500 ms ahead (later: it is *held*, never refused), its deps are certified here, and the spine's height
-   that it names is final here. What a quorum has acknowledged at that number need not pass our clock, our deps and our
-   window again: else a slow clock, or a long absence, would shut us out. (Should the author have forked its lane there,
-   `chain.adopt_nowait` mends it.) What a final cut covers needs no check of ours at all, not even of its signature: its
-   hash is named by what 2f+1 voters finalised (`take_trusted`).
+   that it names is final here. Above its author's rate (`limits`) it is held as well. What a quorum has acknowledged at
+   that number need not pass our clock, our deps, our rates and our window again: else a slow clock, or a long absence,
+   would shut us out. (Should the author have forked its lane there, `chain.adopt_nowait` mends it.) What a final cut covers
+   needs no check of ours at all, not even of its signature: its hash is named by what 2f+1 voters finalised
+   (`take_trusted`).
 2. We acknowledge a lane only while it is its key's newest incarnation (an older one, or one whose author may not write any
    more, only as far as another voter has acknowledged it: so all voters end at the same block), no evidence stands against
    it, its key is not banned, and we have not voted for its end below. Never two hashes for one (lane, seq): the chain at and
    below `acked_seq` changes only in a frozen lane.
+   Of who may not write any more a lane is kept only where a voter has acknowledged some of it (`end_writer`), and is taken up
+   only where a voter's ack is here (`takes`): so either all learn of it, and it ends, or nobody goes on telling of it.
 3. Block and own ack are one commit; the ack leaves, and counts, when that is stored. Our own block leaves before its
    commit: after an unclean end we open a new lane, so nobody can make us contradict it.
 4. Refusing a block is for its author's own conduct only; its operations are the fold's to judge.
@@ -52,6 +55,7 @@ from formation.state.lane import (
     parse_evidence,
     sign_block,
 )
+from formation.state.limits import AuthorRates
 from formation.state.op import PlainOp
 from formation.state.sync import FrontierIndex, FrontierRow, Range
 
@@ -67,8 +71,9 @@ LANE_OPEN_INTERVAL_MS = 100
 # A voter whose acks always come last is still heard so often, by an ack of which the signature is checked: people are told
 # of voters that were silent for longer than some seconds.
 HEARD_MS_MAX = 1_000
-# Acks that came before their lane's first block; what falls out comes back by sync.
-ORPHAN_ACK_COUNT_MAX = 4
+# Acks of one voter that came before their lane's first block. Their signatures hold, so only a voter itself can push its own
+# out, by more of them; what falls out comes back by sync. Full ones of ten liars take 14 MB.
+ORPHAN_ACK_COUNT_MAX = 16
 # Two full blocks exceed a frame; such evidence travels by sync.
 EVIDENCE_FRAME_SIZE_MAX_BYTES = 300 * 1024
 # Certified blocks that wait for the spine, over all lanes. Beyond, we stop acknowledging: the spine must catch up first.
@@ -89,6 +94,10 @@ class Order(Protocol):
 
     def may_write(self, public_key: bytes) -> bool:
         """Whether blocks of this key are taken: a voter's, or a node's that was admitted."""
+        ...
+
+    def has_written(self, public_key: bytes) -> bool:
+        """Whether the right of this key to write has ended, by a ban or a dismissal."""
         ...
 
     def is_lane_closed(self, lane: LaneId) -> bool:
@@ -159,7 +168,11 @@ class Lanes:
         """Lanes whose certified number rose since the owner last took it."""
         self.last_ack_ns: dict[int, int] = {}
         """Voter → when we last learnt of an ack of it."""
-        self._orphans: dict[int, deque[bytes]] = {}
+        self._orphans: dict[int, deque[AckEntry]] = {}
+        """Voter → its acks that name lanes that are not here; their signatures hold."""
+        self._rates = AuthorRates()
+        self._orphan_lanes: dict[LaneId, int] = {}
+        """How many of them name a lane."""
         self._trusted: dict[bytes, None] = {}
         self._expected: dict[LaneId, int] = {}
         """Lane → number up to which a final cut covers it."""
@@ -218,8 +231,14 @@ class Lanes:
         return [each for each in self._lanes.values() if each.public_key == lane_key(lane) and each.id < lane]
 
     def takes(self, lane: LaneId) -> bool:
-        """Whether blocks of the lane are looked at: its author may write, or did, and comes to an end."""
-        return self._order.may_write(lane_key(lane)) or bool(self._lane_counts.get(lane_key(lane)))
+        """Whether blocks of the lane are looked at: its author may write, or did, and the lane comes to an end.
+
+        A lane of one who may not write any more is looked at if it is here, or if a voter has acknowledged some of it.
+        """
+        key = lane_key(lane)
+        if self._order.may_write(key) or lane in self._lanes:
+            return True
+        return lane in self._orphan_lanes and self._order.has_written(key)
 
     def is_left(self, lane: LaneId) -> bool:
         """Whether the lane should come to its end: its author has a newer one, or may not write any more."""
@@ -385,14 +404,9 @@ class Lanes:
         if lane is None:
             raise DecodeError("block: its author opens lanes too fast or too many")
         self._place_block(lane, entry, now_ns)
-        if known is None and self._orphans:
-            orphans, self._orphans = self._orphans, {}
-            for orphan in [raw_ack for acks in orphans.values() for raw_ack in acks]:
-                try:
-                    self.take_ack(orphan, now_ns)
-                except DecodeError:
-                    # A forgery by whoever sent it, long before: no fault of the peer that brought this block.
-                    continue
+        if known is None and lane_id_ in self._orphan_lanes:
+            for orphan in self._take_orphans(lane_id_):
+                self._count_ack(orphan, now_ns)
 
     def trust(self, hashes: Iterable[bytes]) -> None:
         """Blocks of these hashes are named by the final order: they need no signature check of ours."""
@@ -496,7 +510,21 @@ class Lanes:
         missing = [LaneId(dep.lane) for dep in block.deps if not self._is_dep_met(dep)]
         for dep in missing:
             self._waiting_for.setdefault(dep, set()).add(lane.id)
-        return not missing
+        return not missing and self._has_tokens(lane, entry, now_ns)
+
+    def _has_tokens(self, lane: Lane, entry: Entry, now_ns: int) -> bool:
+        """Whether its author's rate has room for this block; else it is held until it has."""
+        wait_ns = self._rates.wait_ns(
+            lane.public_key,
+            is_voter=lane.public_key in self.committee.index_of,
+            op_count=len(entry.block.ops),
+            size_bytes=len(entry.raw),
+            now_ns=now_ns,
+        )
+        if wait_ns:
+            self._held[lane.id] = now_ns + wait_ns
+            self.out.append(WakeAt(now_ns + wait_ns))
+        return not wait_ns
 
     def _is_dep_met(self, dep: Head) -> bool:
         # This very block: a dep on another one of its number could never be found when the order wants it.
@@ -615,6 +643,24 @@ class Lanes:
         if self.own is lane:
             self.own = None
 
+    def end_writer(self, public_key: bytes, now_ns: int) -> tuple[LaneId, ...]:
+        """A key may not write any more: of its lanes those go that no voter is known to have acknowledged.
+
+        Nobody begins to acknowledge them now (rule 2), so nothing of them is ever certified. Should a voter have done so
+        unknown to us, its ack and the blocks come back by sync (`takes`).
+
+        Returns:
+          The lanes that went, to be written down.
+        """
+        mine = [each for each in self._lanes.values() if each.public_key == public_key]
+        gone = [each.id for each in mine if not each.certified_seq and not each.acked_seq and not any(each.tally.heads)]
+        for lane in gone:
+            self.close(lane)
+            self.waiters_of_closed(lane, now_ns)
+        for kept in [each for each in mine if each.id not in gone]:
+            self._touch(kept)
+        return tuple(gone)
+
     def waiters_of_closed(self, lane_id_: LaneId, now_ns: int) -> None:
         """Blocks that named a block of a closed lane wait no longer."""
         for waiter in self._waiting_for.pop(lane_id_, ()):
@@ -640,7 +686,7 @@ class Lanes:
         self._book = AckBook()
         self._ack_n = 0
         self._own_acks = {}
-        self._orphans = {}
+        self._orphans, self._orphan_lanes = {}, {}
         self.last_ack_ns = {}
         for lane in self._lanes.values():
             lane.change_committee(voter_count=len(committee.voters), quorum_size=committee.quorum_size)
@@ -675,15 +721,59 @@ class Lanes:
             return
         if ack.voter >= len(self.committee.voters):
             raise DecodeError("ack: no such voter")
-        if any(LaneId(head.lane) not in self._lanes for head in ack.heads):
-            # Acks make no lanes: a lying voter would name thousands. It is taken again when a block has made the lane.
-            self._orphans.setdefault(ack.voter, deque(maxlen=ORPHAN_ACK_COUNT_MAX)).append(raw)
-        if not any(self._is_news(ack.voter, head) for head in ack.heads) or self._is_late(ack, now_ns):
+        # Acks make no lanes: a lying voter would name thousands. It is counted again when a block has made the lane.
+        is_orphan = self._is_orphan(entry)
+        is_news = any(self._is_news(ack.voter, head) for head in ack.heads)
+        if not is_orphan and (not is_news or self._is_late(ack, now_ns)):
             return
         self.verified_count += 1
         if not ack_signature_holds(self._verify, self.committee.voters[ack.voter], entry, network_id=self._network_id):
             raise DecodeError("ack: the signature does not hold")
-        self.last_ack_ns[ack.voter] = now_ns
+        if is_orphan:
+            self._put_orphan(entry)
+        if is_news:
+            self._count_ack(entry, now_ns)
+
+    def _is_orphan(self, entry: AckEntry) -> bool:
+        """Whether it is to be kept for the sake of lanes that are not here, and is not yet."""
+        kept = self._orphans.get(entry.ack.voter, ())
+        return bool(self._unknown_lanes(entry)) and all(other.raw != entry.raw for other in kept)
+
+    def _unknown_lanes(self, entry: AckEntry) -> list[LaneId]:
+        lanes = (LaneId(head.lane) for head in entry.ack.heads)
+        return [lane for lane in lanes if lane not in self._lanes and not self._order.is_lane_closed(lane)]
+
+    def _put_orphan(self, entry: AckEntry) -> None:
+        kept = self._orphans.setdefault(entry.ack.voter, deque())
+        kept.append(entry)
+        for head in entry.ack.heads:
+            lane = LaneId(head.lane)
+            self._orphan_lanes[lane] = self._orphan_lanes.get(lane, 0) + 1
+        if len(kept) > ORPHAN_ACK_COUNT_MAX:
+            self._forget_orphan(kept.popleft())
+
+    def _forget_orphan(self, entry: AckEntry) -> None:
+        for head in entry.ack.heads:
+            lane = LaneId(head.lane)
+            self._orphan_lanes[lane] -= 1
+            if not self._orphan_lanes[lane]:
+                del self._orphan_lanes[lane]
+
+    def _take_orphans(self, lane: LaneId) -> list[AckEntry]:
+        """Those that name a lane that is here now; what names no other that is missing is let go."""
+        found = []
+        for voter, kept in self._orphans.items():
+            named = [entry for entry in kept if any(head.lane == lane for head in entry.ack.heads)]
+            found.extend(named)
+            for entry in named:
+                if not self._unknown_lanes(entry):
+                    self._forget_orphan(entry)
+                    self._orphans[voter].remove(entry)
+        return found
+
+    def _count_ack(self, entry: AckEntry, now_ns: int) -> None:
+        """An ack of another voter whose signature holds."""
+        self.last_ack_ns[entry.ack.voter] = now_ns
         for lane, seq in self._join_ack(entry):
             if lane.id not in self._lanes:
                 continue
@@ -868,7 +958,7 @@ class Lanes:
           DecodeError: it is none.
         """
         one, other = parse_evidence(self._verify, raw, network_id=self._network_id)
-        if not self._order.may_write(lane_key(one.block.lane)):
+        if LaneId(one.block.lane) not in self._lanes and not self._order.may_write(lane_key(one.block.lane)):
             return
         lane_id_ = LaneId(one.block.lane)
         if self._order.is_lane_closed(lane_id_):
@@ -885,8 +975,8 @@ class Lanes:
     def recover_evidence(self, raw: bytes) -> None:
         """Evidence from the journal."""
         one, other = parse_evidence(self._verify, raw, network_id=self._network_id)
-        if self._order.is_lane_closed(LaneId(one.block.lane)):
-            key = lane_key(one.block.lane)
+        key, is_here = lane_key(one.block.lane), LaneId(one.block.lane) in self._lanes
+        if self._order.is_lane_closed(LaneId(one.block.lane)) or (self._order.has_written(key) and not is_here):
             self._convictions.setdefault(key, raw)
             self._banned.add(key)
             return
@@ -953,6 +1043,10 @@ class Lanes:
 
     def _touch(self, lane: Lane) -> None:
         """Put the lane's new state into the frontier. Of a frozen lane only what is certified: the rest differs for ever."""
+        if lane.evidence is not None and not lane.certified_seq and self._order.has_written(lane.public_key):
+            # Nothing of it will be certified: who has let it go need not hear of it, and who has it need not tell.
+            self.index.remove(lane.id)
+            return
         head = lane.certified if lane.evidence is not None else lane.head
         if head.seq > 0 or lane.evidence is not None:
             self.index.put(FrontierRow(lane.id, head.seq, head.hash, lane.certified_seq, lane.evidence is not None))
@@ -994,6 +1088,8 @@ class Lanes:
         """After the last record: forget what recovery gathered."""
         self.out, self.log, self.risen = [], [], {}
         self._to_ack = dict.fromkeys(self.uncertified)
+        for lane_id_ in self.evidence_raw:
+            self._touch(self._lanes[lane_id_])
         # Our own acks may have completed a certificate that was not written down any more: in a network of one they do.
         for lane_id_ in list(self.uncertified):
             self._certify(self._lanes[lane_id_])

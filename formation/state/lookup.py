@@ -1,8 +1,15 @@
 """Finds one operation in a replica: where it stands, who acknowledged it, and what proves that. Pure, reads only.
 
 Blocks are in memory until they are final, then in the journal until the next checkpoint; so whoever asks hands in what the
-journal gave. Acks are kept in memory as long as they are their voters' newest words for a lane: after a restart those of
-final blocks are gone, and the final certificate, of which the newest heights are kept, is what is left.
+journal gave.
+
+What proves it. Acks are kept in memory as long as they are their voters' newest words for a lane, and are of one epoch: after
+a restart or a change of the committee they are gone. A final cut needs none: a certificate of 2f+1 finalize votes, the
+proposals from the cut up to it, and the blocks from the operation's to the one that the cut names, each bound to the next by
+its hash. All of that is in the journal as long as the block is (`recover` plays it back into the spine, `former` keeps the
+epochs before), it is proof to anybody, and it says more: certified *and* final. So that is what serves an operation of any age.
+The other ways were worse: peers' acks written down would be half of all bytes on disk, for seldom a question; and asking
+peers to sign again would make them answer for every stranger's curiosity, and fail where a voter has forgotten or is gone.
 """
 
 from __future__ import annotations
@@ -16,7 +23,9 @@ from formation.core.errors import ConflictError, DecodeError, NotFoundError, Usa
 from formation.state.ack import parse_ack
 from formation.state.evidence import OP_BLOCK_COUNT_MAX, OP_BLOCKS_SIZE_MAX_BYTES, OpBundle, is_covered_by
 from formation.state.feed import Level
-from formation.state.final_chain import FinalChain, parse_final_chain
+from formation.state.final_chain import PROPOSAL_COUNT_MAX, FinalChain, parse_final_chain
+from formation.state.former import FormerEpoch
+from formation.state.handover import covered_heads
 from formation.state.judge import Judged
 from formation.state.lane import LANE_ID_SIZE_BYTES, Entry, LaneId, parse_block
 from formation.state.replica import Replica
@@ -216,34 +225,36 @@ def proofs_of(replica: Replica, ref: OpRef) -> Proofs:
 
 def _final_proof(replica: Replica, ref: OpRef) -> tuple[bytes, int]:
     """(CBOR of a FinalChain, number of the lane that its first proposal names); empty if none is kept."""
-    epoch = replica.spine.epoch
-    for spine in (replica.former_spine(epoch - 1), replica.spine):
-        found = (b"", 0) if spine is None else _in_spine(spine, ref)
-        if found[0]:
-            return found
+    position = replica.positions.get(ref.lane, ref.seq)
+    height = 0 if position is None else position.height
+    spines: list[Spine | FormerEpoch] = [*replica.former_epochs, replica.spine]
+    # Nearly always the cut of its height names its lane, so up to the first certificate will do.
+    for size_max_bytes in (0, _FINAL_FRAMES_SIZE_MAX_BYTES):
+        for spine in spines:
+            found = _in_spine(spine, ref, height, size_max_bytes) if height <= spine.final_height else (b"", 0)
+            if found[0]:
+                return found
     return b"", 0
 
 
-def _in_spine(spine: Spine, ref: OpRef) -> tuple[bytes, int]:
-    height = next((h for h in range(max(0, spine.final_height - 128), spine.final_height) if spine.reaches(h)), None)
-    if height is None:
-        return b"", 0
+def _in_spine(spine: Spine | FormerEpoch, ref: OpRef, height: int, size_max_bytes: int) -> tuple[bytes, int]:
+    """The first proposal from this height on, or from the first that is kept, that names the block or one behind it."""
     chain: list[bytes] = []
     seq = 0
-    for kind, raw in spine.frames_since(view=0, height=height, size_max_bytes=_FINAL_FRAMES_SIZE_MAX_BYTES):
-        if kind not in (Kind.PROPOSAL, Kind.FINAL):
-            break
+    above = max(height, spine.lowest_height) - 1
+    for kind, raw in spine.final_frames(height=above, size_max_bytes=size_max_bytes):
         proposal = parse_proposal(raw).proposal if kind is Kind.PROPOSAL else parse_final(raw).proposal.proposal
-        if proposal.height > spine.final_height and not chain:
-            break
         if not chain:
-            named = {head.seq for head in (*proposal.cut, *proposal.closes) if head.lane == ref.lane and head.seq >= ref.seq}
+            heads = (*proposal.cut, *proposal.closes, *covered_heads(proposal.handover)[0])
+            named = {head.seq for head in heads if head.lane == ref.lane and head.seq >= ref.seq}
             if not named:
                 continue
             seq = max(named)
         if kind is Kind.FINAL:
             return encode(FinalChain(tuple(chain), raw)), seq
         chain.append(raw)
+        if len(chain) > PROPOSAL_COUNT_MAX:
+            break
     return b"", 0
 
 
@@ -267,7 +278,7 @@ def make_op_bundle(ref: OpRef, entries: Sequence[Entry], proofs: Proofs) -> OpBu
     if not acks and not final:
         raise ConflictError(
             "nothing here proves the operation: it is not certified yet, or its evidence was let go",
-            hint="acks are kept until a restart, final certificates for 64 heights; another node may still have them",
+            hint="wait until it is final (formation op show); what is below the checkpoint no node can prove any more",
         )
     last = max(proofs.ack_seq if acks else 0, proofs.final_seq if final else 0)
     blocks = tuple(entry.raw for entry in entries if entry.block.seq <= last)

@@ -40,6 +40,7 @@ from formation.state import spine as spine_effects
 from formation.state.ack import AckEntry
 from formation.state.checkpoint import LazyBuckets, SnapshotHead, StateTree, is_checkpoint_due
 from formation.state.claims import SPINE_BEHIND_MS_MAX
+from formation.state.committee import Committee
 from formation.state.effects import (
     Certified,
     CheckpointStart,
@@ -64,10 +65,12 @@ from formation.state.effects import (
     Tick,
     WakeAt,
 )
+from formation.state.equivocation import Equivocations, make_equivocation, parse_equivocation
 from formation.state.feed import Change, Level, Row
 from formation.state.final_chain import FinalChain, epoch_of, parse_final_chain
 from formation.state.fold import CELL_KINDS, State
-from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EVIDENCE, FRAME_FREEZE
+from formation.state.former import FORMER_EPOCH_COUNT_MAX, FormerEpoch
+from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EQUIVOCATION, FRAME_EVIDENCE, FRAME_FREEZE
 from formation.state.handover import Handing, covered_heads
 from formation.state.joining import Snapshot
 from formation.state.judge import IntentVerifier, Judged, judge_block
@@ -139,12 +142,19 @@ class RecordKindOf(IntEnum):
     """CBOR of the FinalChain of the height applied just before, an epoch's last."""
     PROOF = 14
     """CBOR of the FinalChain that vouches for the checkpoint at which the journal begins."""
+    EQUIVOCATION = 15
+    """CBOR of an Equivocation against a key that is not banned yet."""
+    LET_GO = 16
+    """A lane id: its author may not write any more, and nobody had acknowledged any of it."""
+    FORMER = 17
+    """The end of a former epoch, see `former`: what peers that missed it ask for."""
 
 
 _SPINE_RECORDS = frozenset((RecordKindOf.PROPOSAL, RecordKindOf.NOTARIZE, RecordKindOf.NULLIFY, RecordKindOf.FINALIZE))
 _KEPT_RECORDS = _SPINE_RECORDS | {
     RecordKindOf.ACK,
     RecordKindOf.EVIDENCE,
+    RecordKindOf.EQUIVOCATION,
     RecordKindOf.FREEZE,
     RecordKindOf.FINAL,
     RecordKindOf.VOTES,
@@ -246,11 +256,12 @@ class Replica:
         self.spine = self._make_spine(
             Base(height=0, hash=config.network_id, time_ms=0, cut={}, closed=()),
         )
-        self._former: Spine | None = None
-        """Of the epoch before: those who have not heard of its end yet still ask for it."""
+        self._formers: dict[int, FormerEpoch] = {}
+        """Epochs that ended, ascending: those who have not heard of it yet still ask for their last heights."""
         self.links: list[bytes] = []
         """CBOR of the FinalChain that ended each epoch."""
         self.handing = self._make_handing()
+        self.equivocations = Equivocations(self.state, network_id=config.network_id, verify=verify)
         self.view = View(self.state, self)
         self.positions = Positions()
         """Where blocks stand in the final order, as far back as is remembered: for people."""
@@ -347,10 +358,18 @@ class Replica:
             if self.handing.take(value):
                 self.lanes.out.append(Send(frame, "spine"))
                 self.spine.poke(self._now_ns)
+        elif kind == FRAME_EQUIVOCATION:
+            self._learn_equivocation(value)
         elif kind and kind[0] in _SPINE_FRAMES:
             self.spine.on_frame(Kind(kind[0]), value, self._now_ns)
         else:
             raise DecodeError(f"frame of unknown kind {kind.hex()}")
+
+    def _learn_equivocation(self, raw: bytes) -> None:
+        if self.equivocations.take(raw):
+            self._record(Record(RecordKindOf.EQUIVOCATION, raw))
+            self.lanes.out.append(Send(FRAME_EQUIVOCATION + raw, "evidence"))
+            self.spine.poke(self._now_ns)
 
     def _on_range(self, event: RangeReceived) -> None:
         lanes, now_ns = self.lanes, self._now_ns
@@ -490,8 +509,9 @@ class Replica:
             case ChainWanted():
                 out.append(SyncWanted())
             case VoterEvidence(voter):
-                node_id = self.state.committee.committee.node_ids[voter]
-                out.append(Fault(node_id, f"voted two ways in view {effect.view}"))
+                committee = self.state.committee.committee
+                out.append(Fault(committee.node_ids[voter], f"voted two ways in view {effect.view}"))
+                self._learn_equivocation(make_equivocation(committee.voters[voter], effect.one, effect.other))
 
     def _note_final(self, effect: spine_effects.Finalised) -> None:
         self._record(Record(RecordKindOf.FINAL, effect.certificate.raw))
@@ -587,6 +607,14 @@ class Replica:
             self.state.end_lane(lane_id_, seq=last.block.seq, hash_=last.hash, hlc=last.block.hlc)
         for head in (*proposal.closes, *covered_heads(proposal.handover)[1]):
             self._close_lane(LaneId(head.lane))
+        for raw in proposal.equivocations:
+            # 2f+1 voters checked its signatures before this was final.
+            self.state.ban(parse_equivocation(raw).key, raw)
+        ended = self.state.take_ended()
+        # What others acknowledged is not in the journal: played back, a lane that was kept would look like nobody's.
+        for key in () if self._is_recovering else ended:
+            for lane_id_ in self.lanes.end_writer(key, self._now_ns):
+                self._record(Record(RecordKindOf.LET_GO, lane_id_))
         self._observed_index = None
         if decided:
             self._tell(
@@ -618,7 +646,7 @@ class Replica:
             self._record(Record(RecordKindOf.LINK, self.links[-1]))
         state.committee.hand_over()
         self.lanes.change_committee(state.committee.committee, self._now_ns)
-        self._former = self.spine
+        self._put_former(self.spine.retire())
         self.spine = self._make_spine(self._base())
         self.handing = self._make_handing()
 
@@ -633,9 +661,34 @@ class Replica:
             view=state.view if state.epoch == state.committee.committee.epoch else 0,
         )
 
-    def former_spine(self, epoch: int) -> Spine | None:
-        """The spine of the epoch that ended last, if it is this one: those who will vote next need its last heights."""
-        return self._former if self._former is not None and self._former.epoch == epoch else None
+    def _put_former(self, former: FormerEpoch) -> None:
+        self._formers[former.epoch] = former
+        while len(self._formers) > FORMER_EPOCH_COUNT_MAX:
+            del self._formers[min(self._formers)]
+
+    def former_epoch(self, epoch: int) -> FormerEpoch | None:
+        """The last heights of an epoch that ended not long ago."""
+        return self._formers.get(epoch)
+
+    @property
+    def former_epochs(self) -> tuple[FormerEpoch, ...]:
+        """Epochs that ended and are remembered, ascending."""
+        return tuple(self._formers.values())
+
+    def committee_of(self, epoch: int) -> Committee:
+        """The committee of this or an earlier epoch."""
+        committee = self.state.committee.committee
+        if epoch == committee.epoch:
+            return committee
+        if epoch == 0:
+            return Committee(0, tuple(seat.public_key for seat in self._config.founders))
+        handover = covered_heads(parse_final_chain(self.links[epoch - 1]).first.proposal.handover)[2]
+        assert handover is not None
+        return handover.next
+
+    def equivocation_frames(self) -> tuple[bytes, ...]:
+        """Frames of the proofs that are not final here, for peers: they are told once, and that may have been lost."""
+        return tuple(FRAME_EQUIVOCATION + raw for raw in self.equivocations.pending())
 
     def freeze_frames(self) -> tuple[bytes, ...]:
         """Frames of the freezes that are here."""
@@ -683,6 +736,7 @@ class Replica:
         records = self._lane_records()
         records.extend(Record(RecordKindOf.PROPOSAL, final.entry.raw) for final in self._queue)
         records.extend(Record(int(kind), raw) for kind, raw in self.spine.journal_rows())
+        records.extend(Record(RecordKindOf.FORMER, former.dump()) for former in self._formers.values())
         return records
 
     def _lane_records(self) -> list[Record]:
@@ -698,6 +752,7 @@ class Replica:
                 records.append(Record(RecordKindOf.RISEN, _risen(lane_id_, lane.certified_seq)))
         records.extend(Record(RecordKindOf.ACK, raw) for raw in self.lanes.own_newest_acks())
         records.extend(Record(RecordKindOf.EVIDENCE, raw) for raw in self.lanes.convictions())
+        records.extend(Record(RecordKindOf.EQUIVOCATION, raw) for raw in self.equivocations.pending())
         if self.handing.own is not None:
             records.append(Record(RecordKindOf.FREEZE, self.handing.own.raw))
         return records
@@ -782,6 +837,9 @@ class Replica:
             self.lanes.out.append(Send(FRAME_FREEZE + frozen.raw, "spine"))
         if done.capture is not None:
             self.checkpoint_head, self._checkpoint_proof = done.capture.head, done.capture.proof
+            for former in self._formers.values():
+                if former.final_height <= done.capture.height:
+                    former.trim()
         if done.freezes:
             self.spine.poke(self._now_ns)
 
@@ -799,6 +857,10 @@ class Replica:
         """See lanes.Order."""
         return self.state.may_write(public_key)
 
+    def has_written(self, public_key: bytes) -> bool:
+        """See lanes.Order."""
+        return self.state.has_written(public_key)
+
     def is_lane_closed(self, lane: LaneId) -> bool:
         """See lanes.Order."""
         return self.state.is_closed(lane)
@@ -815,7 +877,7 @@ class Replica:
         since_ns = self._uncovered_since_ns
         if since_ns is not None and self.lanes.uncovered and self._now_ns >= since_ns + COVER_MS * NS_PER_MS:
             return True
-        if self._is_capture_open or self.state.committee.decision is not None:
+        if self._is_capture_open or self.state.committee.decision is not None or self.equivocations.pending():
             return True
         return self.lanes.superseded_count >= CLOSE_WANTED_COUNT and bool(self._closable())
 
@@ -843,7 +905,7 @@ class Replica:
                 return Extras(handover=handover)
         # Voters may know of acks that we do not: after a view that failed, whatever need not be proposed is left out.
         may_close = self.spine.view <= self.spine.final.view + 2
-        return Extras(closes=self._closable() if may_close else (), checkpoint=ref)
+        return Extras(closes=self._closable() if may_close else (), checkpoint=ref, equivocations=self.equivocations.pending())
 
     def _closable(self) -> tuple[Head, ...]:
         """Lanes to close: left behind or forked, everything of them final, and quiet for a while."""
@@ -867,6 +929,11 @@ class Replica:
         if proposal.time_ms < now_ms - SPINE_BEHIND_MS_MAX:
             # See claims: else a lying leader grants leases that are over when they begin.
             return Verdict.REFUSE
+        if proposal.equivocations and not self.equivocations.holds(proposal.equivocations):
+            committee = self.state.committee.committee
+            leader = committee.node_ids[committee.leader(proposal.view)]
+            self.lanes.out.append(Fault(leader, f"proposed in view {proposal.view} to ban somebody without proof"))
+            return Verdict.REFUSE
         closes = {head.lane for head in proposal.closes}
         for head in proposal.closes:
             verdict = self._check_close(head)
@@ -885,6 +952,10 @@ class Replica:
         if proposal.parent != self.state.hash:
             return Verdict.WAIT
         return self.handing.check(proposal.handover)
+
+    def is_banned(self, voter: int) -> bool:
+        """See spine.Oracle."""
+        return self.state.is_banned(self.state.committee.committee.voters[voter])
 
     def _check_close(self, head: Head) -> Verdict:
         lane = self.lanes.get(LaneId(head.lane))
@@ -1077,6 +1148,12 @@ class Replica:
             case RecordKindOf.EVIDENCE:
                 self.lanes.recover_evidence(record.body)
                 self.lanes.new_evidence = []
+            case RecordKindOf.FORMER:
+                self._put_former(FormerEpoch.load(record.body))
+            case RecordKindOf.LET_GO:
+                self.lanes.close(LaneId(record.body))
+            case RecordKindOf.EQUIVOCATION:
+                self.equivocations.recover(record.body)
             case RecordKindOf.APPLIED:
                 self._recover_applied(parse_proposal(record.body))
             case RecordKindOf.FREEZE:

@@ -393,6 +393,12 @@ class StateService:
                 f"an operation of about {size_bytes} bytes, the limit is {OP_SIZE_MAX_BYTES}",
                 hint="put large data into the image",
             )
+        if self.replica.state.is_banned(self._key.public_key):
+            # Also while its lane is still open: nobody begins to acknowledge what it writes now.
+            raise DeniedError(
+                "this node's key is banned: it signed two ways, as two machines with one key do",
+                hint="find the second user of its key, make a new key, and have this voter replaced",
+            )
         if self.replica.own_lane is None:
             if self._is_ready and not self.replica.state.may_write(self._key.public_key):
                 raise DeniedError(

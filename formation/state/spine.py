@@ -29,6 +29,9 @@ travel as `Votes` and never provoke an answer, so answers end.
 On demand: the timer runs and a leader proposes only while `oracle.is_wanted()`. A proposal that moves nothing is
 allowed only on a parent that is not final yet: it may be the one thing left that can make it final.
 
+A leader that the final order has banned (`equivocation`) is not waited for: its views are nullified as soon as anything is
+wanted. Its votes count like any other's.
+
 The proposal that carries a handover is the epoch's last: what stands on it is empty and serves to make it final.
 """
 
@@ -41,6 +44,7 @@ from formation.core.codec import Sign, Verify, sha256
 from formation.core.errors import DecodeError
 from formation.core.ids import NetworkId
 from formation.state.committee import Committee
+from formation.state.former import FormerEpoch
 from formation.state.lane import NO_HASH, Head
 from formation.state.spine_book import Base, Book, FinalHead, Frame, Known, Overlay, ViewFacts, is_empty
 from formation.state.spine_effects import (
@@ -233,18 +237,9 @@ class Spine:
         return self._book.final.time_ms
 
     @property
-    def notarised_view(self) -> int:
-        """Highest view with a notarised proposal."""
-        return self._book.top
-
-    @property
     def is_waiting(self) -> bool:
         """Whether the timer of this view runs."""
         return self._deadline_ns is not None
-
-    def notarised_hash(self, view: int) -> bytes | None:
-        """Hash of the proposal notarised in a view above the final one; None when unknown."""
-        return self._book.notarised(view)
 
     def proposal(self, hash_: bytes) -> ProposalEntry | None:
         """A proposal above the final head; None when unknown."""
@@ -279,6 +274,20 @@ class Spine:
                 break
             frames.append(frame)
         return tuple(frames)
+
+    def final_frames(self, *, height: int, size_max_bytes: int) -> tuple[Frame, ...]:
+        """Final proposals above a height and a certificate at their end, as many as fit; none if memory ends above it."""
+        return tuple(self._book.final_frames(height=height, size_max_bytes=size_max_bytes))
+
+    @property
+    def lowest_height(self) -> int:
+        """Of the first final proposal that is in memory; above the final one if there is none."""
+        kept = self._book.kept
+        return kept[0][0].proposal.height if kept else self.final_height + 1
+
+    def retire(self) -> FormerEpoch:
+        """What of an epoch that has ended is worth keeping."""
+        return FormerEpoch(self.epoch, final_height=self.final_height, kept=tuple(self._book.kept))
 
     def journal_rows(self) -> tuple[Frame, ...]:
         """What a journal must hold that begins at our final head: everything that we may not contradict, and its proof."""
@@ -401,23 +410,15 @@ class Spine:
         self._learn_final(raw, ())
         self._settle(now_ns)
 
-    def take_final_chain(self, proposals: Sequence[bytes], certificate: bytes, now_ns: int) -> None:
-        """Final heights from a peer: proposals ascending from any height up to the one above our head, and a certificate.
-
-        Only the certificate's signatures are checked: the proposals are bound to it by their hashes. The certificate's
-        own proposal may be left away. What we know to be final already is skipped.
-
-        Raises:
-          DecodeError: not a chain from our final head to a certificate that holds.
-        """
-        self._learn_final(certificate, proposals)
-        self._settle(now_ns)
-
     def take_frames(self, frames: Sequence[Frame], now_ns: int) -> None:
         """A peer's `frames_since`.
 
+        Of final heights only the certificates' signatures are checked: the proposals before each, ascending from any height up
+        to the one above our head, are bound to it by their hashes. What we know to be final already is skipped.
+
         Raises:
-          DecodeError: as in `on_frame`; what came before the culprit was taken.
+          DecodeError: as in `on_frame`, or final heights that do not lead from our head to their certificate; what came
+            before the culprit was taken.
         """
         chain: list[bytes] = []
         try:
@@ -486,7 +487,7 @@ class Spine:
             raise DecodeError("proposal: not signed by the leader of its view")
         for other in facts.proposals.values():
             leader = self._committee.leader(view)
-            self._convict(leader, view, (Kind.PROPOSAL, other.entry.raw), (Kind.PROPOSAL, raw))
+            self._convict(leader, view, (Kind.PROPOSAL, other.entry.header.raw), (Kind.PROPOSAL, entry.header.raw))
         self._book.add(entry)
 
     def _learn_votes(self, votes: tuple[VoteEntry, ...]) -> None:
@@ -636,8 +637,9 @@ class Spine:
         """Enter the highest view that we can: a notarisation leaps, a nullification steps."""
         book, view = self._book, max(self.view, self._book.top + 1)
         while book.is_nullified(view):
+            if not self._oracle.is_banned(self._committee.leader(view)):
+                self._timer_ms = min(TIMER_MS_MAX, self._timer_ms * 2)
             view += 1
-            self._timer_ms = min(TIMER_MS_MAX, self._timer_ms * 2)
         if view == self.view and self._is_entered:
             return
         for old in range(max(self.view, book.final.view + VIEW_DETAIL_COUNT) - VIEW_DETAIL_COUNT, view - VIEW_DETAIL_COUNT):
@@ -662,7 +664,7 @@ class Spine:
         if not self._is_wanted or self._committee.leader(self.view) != self.voter:
             return
         facts = self._book.facts(self.view)
-        if facts.own_proposal is not None or facts.own:
+        if facts.own_proposal is not None or facts.own or self._oracle.is_banned(self.voter):
             return
         parent = self._book.notarised(self._book.top)
         chain = None if parent is None else self._book.chain(parent)
@@ -695,6 +697,7 @@ class Spine:
         closes = tuple(head for head in certified if overlay.may_close(head))[:CUT_LANE_COUNT_MAX]
         closed = {head.lane for head in closes}
         room = PROPOSAL_SIZE_MAX_BYTES - _PROPOSAL_REST_SIZE_BYTES - len(extras.handover or b"")
+        room -= sum(len(each) + 3 for each in extras.equivocations)
         room_count = min(CUT_LANE_COUNT_MAX, room // HEAD_SIZE_MAX_BYTES - len(closes))
         return Proposal(
             epoch=self.epoch,
@@ -706,11 +709,12 @@ class Spine:
             closes=closes,
             checkpoint=extras.checkpoint,
             handover=extras.handover,
+            equivocations=extras.equivocations,
         )
 
     def _notarize(self, now_ns: int) -> None:
         facts = self._book.views.get(self.view)
-        if facts is None or Kind.NOTARIZE in facts.own:
+        if facts is None or Kind.NOTARIZE in facts.own or self._oracle.is_banned(self._committee.leader(self.view)):
             return
         for known in facts.proposals.values():
             if not known.is_refused and self._judge(known, now_ns) is Verdict.ACCEPT:
@@ -724,6 +728,8 @@ class Spine:
         facts = self._book.views.get(self.view)
         if facts is not None and len(facts.votes[Kind.NULLIFY]) > self._committee.fault_count_max:
             self._nullify()
+        if self._is_wanted and self._is_view_barren(facts):
+            self._nullify()
         if not self._is_wanted:
             self._deadline_ns = None
         elif self._deadline_ns is None or self._deadline_ns > now_ns + self._timer_ms * NS_PER_MS:
@@ -735,6 +741,11 @@ class Spine:
             self._out.extend(Send(kind, raw) for kind, raw in self._standing_frames())
             if self._missing_view is not None:
                 self._ask(self._missing_view, now_ns)
+
+    def _is_view_barren(self, facts: ViewFacts | None) -> bool:
+        """Whether nothing will come of this view: its leader is banned, and we did not vote for it before we knew."""
+        has_voted = facts is not None and Kind.NOTARIZE in facts.own
+        return not has_voted and self._oracle.is_banned(self._committee.leader(self.view))
 
     def _nullify(self) -> None:
         own = self._book.facts(self.view).own

@@ -19,6 +19,8 @@ from formation.state.spine_values import CONTEXT_OF, Kind, Proposal, ProposalEnt
 
 Frame = tuple[Kind, bytes]
 """Kind byte, and the value."""
+Spent = tuple[ProposalEntry, tuple[VoteEntry, ...]]
+"""A final proposal, with the finalize votes that were for this very one."""
 
 # Final proposals kept in memory for peers that lag: a minute of a busy spine. Whoever is further behind begins with a
 # checkpoint, and they come once a minute.
@@ -112,7 +114,7 @@ class Book:
         self.closed: set[bytes] = set(base.closed)
         self.final_votes: bytes = b""
         """CBOR of the Votes that made the final head final; empty when it is the base."""
-        self.kept: deque[tuple[ProposalEntry, tuple[VoteEntry, ...]]] = deque()
+        self.kept: deque[Spent] = deque()
         self.kept_size_bytes = 0
         """Newest final proposals, ascending; with finalize votes where some were for that very proposal."""
         self.entries: dict[bytes, Known] = {}
@@ -196,23 +198,7 @@ class Book:
 
         If not all fit, as many as do; but at least up to the first certificate.
         """
-        frames: list[Frame] = []
-        fitting: list[Frame] = []
-        size_bytes = 0
-        for entry, votes in self.kept:
-            if entry.proposal.height <= height:
-                continue
-            if not frames and not fitting and entry.proposal.height != height + 1:
-                return []
-            size_bytes += len(entry.raw)
-            if not votes:
-                frames.append((Kind.PROPOSAL, entry.raw))
-                continue
-            frames.append((Kind.FINAL, make_final(entry, votes).raw))
-            if fitting and size_bytes > size_max_bytes:
-                break
-            fitting = list(frames)
-        return fitting
+        return final_frames(self.kept, height=height, size_max_bytes=size_max_bytes)
 
     def last_final_frames(self, *, view: int) -> list[Frame]:
         """The newest certificate, with the final proposals of this view and later ones before it."""
@@ -248,6 +234,27 @@ class Book:
                 if votes and not (certified and kind is not Kind.FINALIZE):
                     for hash_ in sorted({entry.vote.hash for entry in votes.values()}):
                         yield Kind.VOTES, encode_votes([e for e in votes.values() if e.vote.hash == hash_])
+
+
+def final_frames(kept: Iterable[Spent], *, height: int, size_max_bytes: int) -> list[Frame]:
+    """See `Book.final_frames`."""
+    frames: list[Frame] = []
+    fitting: list[Frame] = []
+    size_bytes = 0
+    for entry, votes in kept:
+        if entry.proposal.height <= height:
+            continue
+        if not frames and not fitting and entry.proposal.height != height + 1:
+            return []
+        size_bytes += len(entry.raw)
+        if not votes:
+            frames.append((Kind.PROPOSAL, entry.raw))
+            continue
+        frames.append((Kind.FINAL, make_final(entry, votes).raw))
+        if fitting and size_bytes > size_max_bytes:
+            break
+        fitting = list(frames)
+    return fitting
 
 
 class Overlay:
@@ -295,4 +302,5 @@ class Overlay:
 
 def is_empty(proposal: Proposal) -> bool:
     """Whether it moves nothing: good only for making its parent final."""
-    return not (proposal.cut or proposal.closes or proposal.checkpoint or proposal.handover)
+    moves = (proposal.cut, proposal.closes, proposal.checkpoint, proposal.handover, proposal.equivocations)
+    return not any(moves)

@@ -32,6 +32,7 @@ class Extras:
     closes: tuple[Head, ...] = ()
     checkpoint: CheckpointRef | None = None
     handover: bytes | None = None
+    equivocations: tuple[bytes, ...] = ()
 
 
 class Oracle(Protocol):
@@ -55,6 +56,10 @@ class Oracle(Protocol):
 
     def check_extras(self, proposal: Proposal, now_ms: int) -> Verdict:
         """What to think of a proposal's extras, or of their absence."""
+        ...
+
+    def is_banned(self, voter: int) -> bool:
+        """Whether the final order has banned this voter: nothing that it proposes is notarised here, nor waited for."""
         ...
 
 
@@ -125,11 +130,12 @@ class ChainWanted:
 
 @dataclass(frozen=True, slots=True)
 class VoterEvidence:
-    """Two signed values that one honest voter would never have signed both; the first pair of each voter."""
+    """Two signed words that one honest voter would never have signed both; the first pair of each voter."""
 
     voter: int
     view: int
     one: Frame
+    """Kind, and the COSE_Sign1 of a vote or of a proposal's header: what `make_equivocation` takes."""
     other: Frame
 
 

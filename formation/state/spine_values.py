@@ -5,6 +5,9 @@ proposal's hash in one view; which of the three it is (notarize, nullify, finali
 was signed in, so that no vote can be taken for another. 2f+1 votes of one kind for one hash are a certificate; that of
 finalize votes together with its proposal convinces anybody who knows the epoch's committee.
 
+A leader signs a small header that names its proposal by hash, not the proposal itself: two headers of one view prove that it
+lies, in 300 bytes and not in half a megabyte (`equivocation`).
+
 Source: Chan & Pass, "Simplex Consensus" (TCC 2023). The rules of voting are `spine`'s.
 """
 
@@ -44,8 +47,12 @@ HANDOVER_SIZE_MAX_BYTES = 128 * 1024
 # With the votes of a certificate (4.5 KiB at 31 voters) it stays under p2p's frame of 320 KiB. A full cut and a full
 # handover fit; full closes besides do not, and the leader leaves heads away then.
 PROPOSAL_SIZE_MAX_BYTES = 288 * 1024
-# Three numbers, a hash, a signature and their heads: 126 bytes at most; the rest is room.
+# Three numbers, a hash, a signature and their heads: 126 bytes at most; the rest is room. Headers are no larger.
 VOTE_SIZE_MAX_BYTES = 160
+# Lying voters whose proof one proposal carries: f of 31. More wait for the next height.
+EQUIVOCATION_COUNT_MAX = 10
+# A key, two kinds and two signed words.
+EQUIVOCATION_SIZE_MAX_BYTES = 2 * (VOTE_SIZE_MAX_BYTES + 3) + 40
 _VOTES_SIZE_MAX_BYTES = VOTER_COUNT_MAX * (VOTE_SIZE_MAX_BYTES + 3)
 VOTES_SIZE_MAX_BYTES = _VOTES_SIZE_MAX_BYTES + 16
 FINAL_SIZE_MAX_BYTES = PROPOSAL_SIZE_MAX_BYTES + _VOTES_SIZE_MAX_BYTES + 16
@@ -57,7 +64,7 @@ class Kind(IntEnum):
     """What some bytes of the spine are: the kind byte of a frame, and the kind of a journal record."""
 
     PROPOSAL = 4
-    """COSE_Sign1 of a Proposal."""
+    """CBOR of a LedProposal; in an Equivocation the COSE_Sign1 of its header."""
     NOTARIZE = 5
     NULLIFY = 6
     FINALIZE = 7
@@ -81,7 +88,7 @@ class CheckpointRef(msgspec.Struct, array_like=True, frozen=True, forbid_unknown
 
 
 class Proposal(msgspec.Struct, array_like=True, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
-    """What the leader of a view signs (context `proposal`, with the epoch): CBOR array of nine."""
+    """What the leader of a view proposes: CBOR array of ten."""
 
     epoch: int
     view: int
@@ -89,7 +96,7 @@ class Proposal(msgspec.Struct, array_like=True, frozen=True, kw_only=True, forbi
     height: int
     """The parent's + 1."""
     parent: bytes
-    """SHA-256 of the parent's COSE bytes; of an epoch's first proposal, what its base says."""
+    """The parent's hash; of an epoch's first proposal, what its base says."""
     time_ms: int
     """Spine time, milliseconds since the Unix epoch: never before the parent's."""
     cut: tuple[Head, ...]
@@ -100,6 +107,26 @@ class Proposal(msgspec.Struct, array_like=True, frozen=True, kw_only=True, forbi
     checkpoint: CheckpointRef | None
     handover: bytes | None
     """CBOR; the membership's. The proposal that carries one is the epoch's last."""
+    equivocations: tuple[bytes, ...]
+    """CBOR of an Equivocation each, keys ascending: these keys are banned from this height on."""
+
+
+class ProposalHeader(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """What the leader of a view signs (context `proposal`, with the epoch): CBOR array of three."""
+
+    epoch: int
+    view: int
+    hash: bytes
+    """SHA-256 of the proposal's CBOR."""
+
+
+class LedProposal(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    """A proposal as it is sent and stored: CBOR array of two."""
+
+    content: bytes
+    """CBOR of the Proposal."""
+    header: bytes
+    """COSE_Sign1 of its ProposalHeader."""
 
 
 class Vote(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -125,7 +152,7 @@ class FinalCertificate(msgspec.Struct, array_like=True, frozen=True, forbid_unkn
     """2f+1 finalize votes, voters ascending, and their proposal: array of two. Proves it and all its ancestors final."""
 
     proposal: bytes
-    """COSE_Sign1."""
+    """CBOR of the LedProposal."""
     votes: tuple[bytes, ...]
     """COSE_Sign1 of each."""
 
@@ -135,14 +162,11 @@ class ProposalEntry:
     """A proposal with the bytes that carried it."""
 
     proposal: Proposal
-    signed: Signed
+    header: Signed
     hash: Hash
-    """SHA-256 of the bytes: how votes and children name it."""
-
-    @property
-    def raw(self) -> bytes:
-        """COSE_Sign1 bytes as received."""
-        return self.signed.raw
+    """SHA-256 of the bytes: how votes and children name it. The leader's signature is part of what they name."""
+    raw: bytes
+    """CBOR of the LedProposal as received."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,8 +197,11 @@ class FinalEntry:
 
 def sign_proposal(sign: Sign, proposal: Proposal, *, network_id: NetworkId) -> ProposalEntry:
     """A proposal of our own."""
-    signed = sign_value(sign, Context.PROPOSAL, network_id=network_id, payload=encode(proposal), epoch=proposal.epoch)
-    return ProposalEntry(proposal, signed, sha256(signed.raw))
+    content = encode(proposal)
+    header = ProposalHeader(proposal.epoch, proposal.view, sha256(content))
+    signed = sign_value(sign, Context.PROPOSAL, network_id=network_id, payload=encode(header), epoch=proposal.epoch)
+    raw = encode(LedProposal(content, signed.raw))
+    return ProposalEntry(proposal, signed, sha256(raw), raw)
 
 
 def parse_proposal(raw: bytes) -> ProposalEntry:
@@ -185,8 +212,9 @@ def parse_proposal(raw: bytes) -> ProposalEntry:
     """
     if len(raw) > PROPOSAL_SIZE_MAX_BYTES:
         raise DecodeError(f"proposal of {len(raw)} bytes, the limit is {PROPOSAL_SIZE_MAX_BYTES}")
-    signed = parse_signed(raw)
-    proposal = decode(signed.payload, Proposal)
+    led = decode(raw, LedProposal)
+    signed, header = parse_proposal_header(led.header)
+    proposal = decode(led.content, Proposal)
     _check_round("proposal", proposal.epoch, proposal.view)
     if proposal.height not in range(1, SEQ_MAX + 1) or proposal.time_ms not in range(SEQ_MAX + 1):
         raise DecodeError("proposal: height or time out of bounds")
@@ -201,7 +229,29 @@ def parse_proposal(raw: bytes) -> ProposalEntry:
         raise DecodeError("proposal: checkpoint out of bounds")
     if proposal.handover is not None and len(proposal.handover) not in range(1, HANDOVER_SIZE_MAX_BYTES + 1):
         raise DecodeError(f"proposal: handover of {len(proposal.handover)} bytes")
-    return ProposalEntry(proposal, signed, sha256(raw))
+    if header != ProposalHeader(proposal.epoch, proposal.view, sha256(led.content)):
+        raise DecodeError("proposal: its header names another one")
+    if len(proposal.equivocations) > EQUIVOCATION_COUNT_MAX:
+        raise DecodeError(f"proposal: {len(proposal.equivocations)} equivocations, the limit is {EQUIVOCATION_COUNT_MAX}")
+    if any(len(each) > EQUIVOCATION_SIZE_MAX_BYTES for each in proposal.equivocations):
+        raise DecodeError(f"proposal: an equivocation above {EQUIVOCATION_SIZE_MAX_BYTES} bytes")
+    return ProposalEntry(proposal, signed, sha256(raw), raw)
+
+
+def parse_proposal_header(raw: bytes) -> tuple[Signed, ProposalHeader]:
+    """The signed header of a proposal, its signature not yet checked.
+
+    Raises:
+      DecodeError: not a header, or out of bounds.
+    """
+    if len(raw) > VOTE_SIZE_MAX_BYTES:
+        raise DecodeError(f"proposal: a header of {len(raw)} bytes, the limit is {VOTE_SIZE_MAX_BYTES}")
+    signed = parse_signed(raw)
+    header = decode(signed.payload, ProposalHeader)
+    _check_round("proposal", header.epoch, header.view)
+    if len(header.hash) != HASH_SIZE_BYTES:
+        raise DecodeError("proposal: its header names no hash")
+    return signed, header
 
 
 def proposal_signature_holds(verify: Verify, committee: Committee, entry: ProposalEntry, *, network_id: NetworkId) -> bool:
@@ -210,7 +260,7 @@ def proposal_signature_holds(verify: Verify, committee: Committee, entry: Propos
     if proposal.epoch != committee.epoch:
         return False
     key = committee.voters[committee.leader(proposal.view)]
-    return signature_holds(verify, key, entry.signed, Context.PROPOSAL, network_id=network_id, epoch=proposal.epoch)
+    return signature_holds(verify, key, entry.header, Context.PROPOSAL, network_id=network_id, epoch=proposal.epoch)
 
 
 def is_chain(entries: Sequence[ProposalEntry]) -> bool:

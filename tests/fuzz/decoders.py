@@ -26,10 +26,10 @@ from formation.state.checkpoint import (
     ItemProof,
     parse_snapshot_chunk,
     parse_snapshot_head,
-    parse_snapshot_range,
     verify_item,
 )
 from formation.state.committee import Committee
+from formation.state.equivocation import parse_equivocation
 from formation.state.evidence import OpBundle, bucket_values, encode_op_bundle, state_bundle_head, verify_op, verify_state
 from formation.state.final_chain import epoch_of, parse_final_chain
 from formation.state.gossip import unpack_frames
@@ -133,7 +133,8 @@ DECODERS: Mapping[str, tuple[Callable[[bytes], Any], tuple[str, ...]]] = {
     "parse_evidence": (partial(parse_evidence, _all_true, network_id=NETWORK_ID), ("evidence",)),
     "parse_evidence strictly": (partial(parse_evidence, verify_ed25519, network_id=NETWORK_ID), ("evidence",)),
     "judge": (judge_bytes, ("op by node", "op delegated", "op of intent")),
-    "parse_proposal": (parse_proposal, ("proposal signed", "proposal of handover signed")),
+    "parse_proposal": (parse_proposal, ("proposal led", "proposal of handover led")),
+    "parse_equivocation": (parse_equivocation, ("equivocation", "equivocation of a leader")),
     "parse_vote notarize": (partial(parse_vote, Kind.NOTARIZE), ("vote notarize signed",)),
     "parse_vote nullify": (partial(parse_vote, Kind.NULLIFY), ("vote nullify signed",)),
     "parse_vote finalize": (partial(parse_vote, Kind.FINALIZE), ("vote finalize signed",)),
@@ -145,7 +146,6 @@ DECODERS: Mapping[str, tuple[Callable[[bytes], Any], tuple[str, ...]]] = {
     "parse_final_chain": (parse_final_chain, ("final chain", "link")),
     "decode_request": (sync.decode_request, ("hello", "spine pull", "frontier", "pull", "snapshot", "pieces")),
     "parse_snapshot_head": (partial(parse_snapshot_head, root=ROOT), ("snapshot head",)),
-    "parse_snapshot_range": (parse_snapshot_range, ("ack",)),
     "parse_snapshot_chunk": (parse_snapshot_chunk, ("snapshot chunk",)),
     "verify_item": (lambda data: verify_item(ROOT, "spine", "", decode(data, ItemProof)), ("item proof",)),
     "verify_offer": (check_offer, ("offer",)),
@@ -163,7 +163,7 @@ DECODERS: Mapping[str, tuple[Callable[[bytes], Any], tuple[str, ...]]] = {
     "bulk": (take_bulk_frame, ("op by node", "pull")),
     "accepted": (lambda data: decode(data, Accepted), ("ack",)),
     "attach": (lambda data: decode(data, AttachRequest), ("ack",)),
-    **{f"epoch_of {kind.name}": (partial(epoch_of, kind), ("final", "votes", "proposal signed")) for kind in Kind},
+    **{f"epoch_of {kind.name}": (partial(epoch_of, kind), ("final", "votes", "proposal led")) for kind in Kind},
     **{
         f"decode_answer {kind.__name__}": (partial(lambda kind, data: sync.decode_answer(data, kind), kind), (name,))
         for kind, name in (

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from formation.core.clock import NS_PER_MS
-from formation.core.codec import Context, decode, encode_plain, parse_signed, sign_value
+from formation.core.codec import Context, decode, encode_plain, parse_signed, sha256, sign_value
 from formation.core.errors import DecodeError
 from formation.core.event import (
     ClaimMade,
@@ -44,6 +44,7 @@ from formation.state.frames import FRAME_BLOCK
 from formation.state.judge import object_id_of
 from formation.state.op import PlainOp, event_op, intent_op
 from formation.state.replica import Replica
+from formation.state.spine_values import Kind, LedProposal
 from tests.fuzz.mutations import edit_value
 from tests.unit.state.replicas import KEYS, NETWORK_ID, NOW_NS, USERS, make_replica, make_wish, seats, signer
 
@@ -156,7 +157,7 @@ def lie(rng: Random, frame: bytes) -> bytes:
     if context is None:
         return frame
     try:
-        payload = parse_signed(frame[1:]).payload
+        payload = decode(frame[1:], LedProposal).content if kind == Kind.PROPOSAL else parse_signed(frame[1:]).payload
         value: Any = decode(payload, list)
         for _ in range(rng.choice((1, 1, 2))):
             value = edit_value(rng, value)
@@ -165,7 +166,10 @@ def lie(rng: Random, frame: bytes) -> bytes:
     except DecodeError:
         return frame
     payload = encode_plain(value)
-    epoch = value[0] if isinstance(value, list) and value and type(value[0]) is int else 0
+    numbers = [v if type(v) is int else 0 for v in (value[:2] if isinstance(value, list) else ())] + [0, 0]
+    epoch, content = numbers[0], payload
+    if kind == Kind.PROPOSAL:
+        payload = encode_plain([epoch, numbers[1], sha256(content)])
     signed = sign_value(
         signer(KEYS[LIAR]),
         context,
@@ -173,7 +177,7 @@ def lie(rng: Random, frame: bytes) -> bytes:
         payload=payload,
         epoch=None if context is Context.BLOCK else max(0, min(epoch, (1 << 64) - 1)),
     )
-    return frame[:1] + signed.raw
+    return frame[:1] + (encode_plain([content, signed.raw]) if kind == Kind.PROPOSAL else signed.raw)
 
 
 def _as_liar(kind: int, value: list[object]) -> list[object]:

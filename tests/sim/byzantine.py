@@ -21,7 +21,8 @@ from formation.core.ids import NetworkId, NodeId
 from formation.state import sync
 from formation.state.ack import Ack, sign_ack
 from formation.state.effects import Tick
-from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_FREEZE
+from formation.state.equivocation import make_equivocation
+from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EQUIVOCATION, FRAME_FREEZE
 from formation.state.lane import NO_HASH, Block, Head, LaneId, SpineRef, lane_id, make_incarnation, parse_block, sign_block
 from formation.state.membership import Freeze, parse_freeze, sign_freeze
 from formation.state.op import PlainOp, delegated_op
@@ -106,7 +107,7 @@ class Liar:
 
     def install(self) -> None:
         """Put our deeds on the calendar."""
-        names = ("bad-deps", "bad-clock", "garbage", "bad-intents", "foreign", "ack-wrong")
+        names = ("bad-deps", "bad-clock", "garbage", "bad-intents", "foreign", "ack-wrong", "ban-lies")
         acts = [name for name in names if name in self._does]
         at_ms = self._rng.uniform(50, 200)
         while acts and at_ms < self._cluster.plan.gst_ms + 600:
@@ -272,6 +273,7 @@ class Liar:
             closes=(),
             checkpoint=None,
             handover=None,
+            equivocations=(),
         )
         committee = self._cluster.committees[epoch]
         if committee.voters[committee.leader(view)] == self._node.key:
@@ -362,6 +364,27 @@ class Liar:
         self._emit_vote(Kind.FINALIZE, vote, self._some())
         self._emit_vote(Kind.NULLIFY, Vote(proposal.epoch, proposal.view, voter, NO_HASH), self._some())
 
+    def _forged_equivocation(self, epoch: int) -> bytes:
+        """Against an honest voter: signed by us in its name, or with words that it might well have signed both."""
+        rng, committee = self._rng, self._cluster.committees[epoch]
+        victim = rng.choice([node for node in self._cluster.correct() if node.key in committee.index_of])
+        voter, view = committee.index_of[victim.key], rng.randint(1, 9)
+
+        def word(kind: Kind, hash_: bytes) -> tuple[Kind, bytes]:
+            return kind, sign_vote(self._sign, kind, Vote(epoch, view, voter, hash_), network_id=NETWORK_ID).raw
+
+        honest = [frame for frame in self._seen if frame and frame[0] in (Kind.NOTARIZE, Kind.NULLIFY, Kind.FINALIZE)]
+        if len(honest) > 1 and rng.random() < 0.5:
+            one, other = rng.sample(honest, 2)
+            return make_equivocation(victim.key, (Kind(one[0]), one[1:]), (Kind(other[0]), other[1:]))
+        one_word = word(Kind.NOTARIZE, rng.randbytes(32))
+        other_word = rng.choice((word(Kind.NOTARIZE, rng.randbytes(32)), one_word))
+        return make_equivocation(victim.key, one_word, other_word)
+
+    def _ban_lies(self) -> None:
+        _, epoch = self._voter()
+        self._emit_raw(FRAME_EQUIVOCATION + self._forged_equivocation(epoch))
+
     def _bend_freeze(self, raw: bytes) -> None:
         freeze = parse_freeze(raw).freeze
         raised = []
@@ -438,6 +461,8 @@ class Liar:
             case "lead-censor":
                 victim = self._cluster.nodes[0].key
                 return msgspec.structs.replace(proposal, cut=tuple(h for h in proposal.cut if h.lane[:32] != victim))
+            case "lead-ban":
+                return msgspec.structs.replace(proposal, equivocations=(self._forged_equivocation(proposal.epoch),))
             case "lead-root":
                 ref = proposal.checkpoint or CheckpointRef(max(1, state.height), rng.randbytes(32))
                 return msgspec.structs.replace(proposal, checkpoint=CheckpointRef(ref.height, rng.randbytes(32)))

@@ -418,6 +418,7 @@ class World:
             parent=before.parent,
             time_ms=before.time_ms,
             cut=(),
+            equivocations=(),
             closes=(),
             checkpoint=CheckpointRef(before.height, tree.root()),
             handover=None,

@@ -80,7 +80,7 @@ class Height:
     view: int
     epoch: int
     calls: list[tuple[Any, ...]] = field(default_factory=list)
-    """In order: ("op", Judged, index, why it is void), ("end", …), ("close", lane), ("over",), ("due",)."""
+    """In order: ("op", Judged, index, why it is void), ("end", …), ("close", lane), ("ban", …), ("over",), ("due",)."""
     root: bytes = b""
     claims: object = None
 
@@ -102,7 +102,8 @@ class Tap:
         self.at: Height | None = None
         self._begin, self._apply_block = state.begin_height, state.apply_block
         self._end, self._close, self._due = state.end_lane, state.close_lane, state.note_checkpoint
-        for name in ("begin_height", "apply_block", "end_lane", "close_lane", "note_checkpoint"):
+        self._ban = state.ban
+        for name in ("begin_height", "apply_block", "end_lane", "close_lane", "ban", "note_checkpoint"):
             setattr(state, name, getattr(self, name))
 
     def begin_height(self, *, height: int, hash_: bytes, time_ms: int, view: int, epoch: int) -> None:
@@ -128,6 +129,11 @@ class Tap:
         self._close(lane)
         assert self.at is not None
         self.at.calls.append(("close", lane, 0 if ended is None else ended.seq))
+
+    def ban(self, public_key: bytes, evidence: bytes) -> bool:
+        assert self.at is not None
+        self.at.calls.append(("ban", public_key, evidence))
+        return self._ban(public_key, evidence)
 
     def note_checkpoint(self) -> None:
         assert self.at is not None
@@ -351,12 +357,17 @@ class Checkers:
                     self._cluster.counts.add("closes")
                     self._check_close(mirror, lane, is_handover=is_handover)
                     mirror.close_lane(lane)
+                case ("ban", key, evidence):
+                    if mirror.ban(key, evidence):
+                        self._cluster.counts.add("bans")
+                        self._check_ban(key)
                 case ("over",):
                     self._check_handover(mirror)
                     mirror.committee.hand_over()
                     committee = mirror.committee.committee
                     self._cluster.committees[committee.epoch] = committee
                     self._cluster.counts.add("handovers")
+                    self._cluster.after(0.0, self._cluster.on_handover)
                 case ("due",):
                     mirror.note_checkpoint()
                     self._cluster.counts.add("checkpoints")
@@ -433,6 +444,11 @@ class Checkers:
 
     # ── limits ──
 
+    def _check_ban(self, key: bytes) -> None:
+        """I11: nobody but a liar is banned, whatever others say of it."""
+        if all(node.is_correct for node in self._cluster.nodes if node.key == key):
+            breach("I11", "a correct voter was banned")
+
     def check_limits(self, node: Node) -> None:
         """I8: nothing that a peer can make grow is beyond its cap."""
         lanes = node.replica.lanes
@@ -482,6 +498,8 @@ class Judge:
         self.deleted: set[str] = set()
         self.fences: dict[str, tuple[int, int]] = {}
         """Highest fence that ever was granted for a key."""
+        self.granted: dict[str, tuple[tuple[int, int], int]] = {}
+        """(fence, spine's time) of the newest grant of a key."""
 
     def begin(self, time_ms: int) -> None:
         self.before_ms, self.now_ms = self.now_ms, time_ms
@@ -504,6 +522,15 @@ class Judge:
             if fence < self.fences.get(identity, (0, 0)):
                 breach("I6", f"the fence of {identity} fell")
             self.fences[identity] = fence
+            granted = self.granted.setdefault(identity, (fence, lease.granted_ms))
+            if lease.granted_ms > granted[1]:
+                if fence <= granted[0]:
+                    breach("I6", f"{identity} was granted anew under the fence that it had")
+                self.granted[identity] = (fence, lease.granted_ms)
+            if identity.startswith(PLACEMENT + "/"):
+                cell = state.final_cell(RecordKind.VM, identity.partition("/")[2])
+                if cell is None or cell.placed is None or (cell.placed[0], cell.placed[3:]) != (owner, fence):
+                    breach("I6", f"{identity} is held under {fence}, and the vm does not say so")
 
     def is_void(self, op: Judged, fence: tuple[int, int], state: State) -> bool | None:
         """Whether the operation must be void; None: not for this judge to say. Takes its effect."""

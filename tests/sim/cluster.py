@@ -690,7 +690,10 @@ class Cluster:
         if plan.clone:
             self.at(rng.uniform(100, gst_ms / 2), partial(self._clone, rng.choice(correct)))
         if plan.admits:
-            self.at(rng.uniform(50, gst_ms / 2), self._admit)
+            at_ms = rng.uniform(50, gst_ms / 2)
+            self.at(at_ms, self._admit)
+            if plan.dismisses:
+                self.at(rng.uniform(at_ms, gst_ms), self._dismiss)
         if plan.committee:
             self.at(rng.uniform(200, gst_ms * 0.8), partial(self._change_committee, plan.committee.split("+")))
         for node in self.nodes:
@@ -778,6 +781,42 @@ class Cluster:
                 if voter.is_correct:
                     self.submit(voter, self.workload.admit(node.node_id))
 
+    def on_handover(self) -> None:
+        """The first replica has applied one: a voter that has not is cut off, until the others have been restarted."""
+        if not self.plan.misses_handover or "missed handovers" in self.counts.by_name:
+            return
+        late = [
+            node for node in self.founders() if node.is_up and node.replica.spine.epoch == 0 and not node.replica.spine.is_ended
+        ]
+        if len(late) > 2:
+            self.counts.add("missed handovers")
+            alone = self.rng.choice(late)
+            others = [node for node in self.nodes if node is not alone]
+            for other in others:
+                self.cuts[alone.name, other.name] = self.cuts[other.name, alone.name] = 1
+            self.after(3_500, partial(self._restart_all_but, alone, others))
+
+    def _restart_all_but(self, alone: Node, others: list[Node]) -> None:
+        if all(node.replica.spine.epoch and node.replica.checkpoint_head is not None for node in others if node.is_up):
+            self.counts.add("restarted after a handover")
+        for node in others:
+            self.crash(node, down_ms=50)
+        self.after(100, partial(self._reunite, alone, others))
+
+    def _reunite(self, alone: Node, others: list[Node]) -> None:
+        for other in others:
+            self.cuts[alone.name, other.name] = self.cuts[other.name, alone.name] = 0
+
+    def _dismiss(self) -> None:
+        """Once it was admitted: a voter sends the guest away."""
+        guest = self.nodes[self.plan.voter_count]
+        up = [node for node in self.founders() if node.is_correct and node.is_up]
+        if up and any(guest.key in node.replica.state.admitted for node in up):
+            self.submit(self.rng.choice(up), self.workload.dismiss(guest.node_id))
+            self.counts.add("dismissals")
+        elif not self.is_stable:
+            self.after(50.0, self._dismiss)
+
     def _change_committee(self, changes: list[str]) -> None:
         """Operators tell every voter the same thing, and again until it is done."""
         newest = self.committees[max(self.committees)]
@@ -857,6 +896,8 @@ class Cluster:
                 return f"{node.name}'s own lane is final up to {replica.final_seq(own)} of {replica.own_head_seq}"
             if node.commit is not None or replica.needs_commit:
                 return f"{node.name} is writing"
+            if replica.equivocations.pending():
+                return f"{node.name} knows a liar that is not banned"
         if self.plan.committee and max(self.committees) < self.plan.committee.count("+") + 1:
             return f"the committee is that of epoch {max(self.committees)}"
         roots = {node.replica.lanes.index.root() for node in nodes}

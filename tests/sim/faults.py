@@ -61,6 +61,10 @@ class Plan:
     """How long a lane that was left must be quiet before it is closed; 0: as in the product."""
     admits: bool = False
     """An observer is admitted and writes too."""
+    misses_handover: bool = False
+    """One voter is cut off when the committee changes, and all others crash before it comes back."""
+    dismisses: bool = False
+    """And is dismissed again before GST."""
     late_node_count: int = 0
     """Nodes that are down from the beginning to GST."""
 
@@ -143,8 +147,18 @@ def twins(rng: random.Random) -> Plan:
 
 
 AUTHORS = ("fork", "bad-deps", "bad-clock", "garbage", "bad-intents", "flood", "foreign")
-VOTERS = ("ack-all", "ack-wrong", "ack-some", "ack-none", "vote-all", "freeze-lies", "sync-lies")
-LEADERS = ("lead-two", "lead-back", "lead-parent", "lead-time", "lead-censor", "lead-root", "lead-close", "lead-none")
+VOTERS = ("ack-all", "ack-wrong", "ack-some", "ack-none", "vote-all", "freeze-lies", "sync-lies", "ban-lies")
+LEADERS = (
+    "lead-two",
+    "lead-back",
+    "lead-parent",
+    "lead-time",
+    "lead-censor",
+    "lead-root",
+    "lead-close",
+    "lead-ban",
+    "lead-none",
+)
 
 
 @scenario
@@ -157,6 +171,25 @@ def byzantine(rng: random.Random) -> Plan:
         mix=rng.choice(("plain", "claims", "accounts")),
         crash_count=rng.choice((0, 0, 2)),
         checkpoint_op_count=rng.choice((0, 6)),
+    )
+
+
+@scenario
+def equivocation(rng: random.Random) -> Plan:
+    """Voters that sign two ways on the spine, and their bans; evidence is lost, and so are disks' last commits."""
+    lies = (rng.choice(("vote-all", "lead-two")), rng.choice(("ban-lies", "lead-ban", "fork", "sync-lies", "ack-some")))
+    change = rng.random() < 0.3
+    return _rough(
+        rng,
+        voter_count=_count(rng),
+        observer_count=3 if change else 0,
+        behaviours=(lies,),
+        crash_count=rng.choice((0, 0, 2)),
+        power_cut=rng.random() < 0.3,
+        checkpoint_op_count=rng.choice((0, 6)),
+        committee="replace" if change else "",
+        mix=rng.choice(("plain", "claims")),
+        gst_ms=1600,
     )
 
 
@@ -213,6 +246,21 @@ def committee(rng: random.Random) -> Plan:
 
 
 @scenario
+def missed_handover(rng: random.Random) -> Plan:
+    """A voter with all blocks misses the end of an epoch, and whoever could tell it has been restarted since."""
+    return Plan(
+        observer_count=3,
+        committee="grow",
+        misses_handover=True,
+        op_count=rng.randint(4, 16),
+        loss=rng.choice((0.0, 0.05)),
+        delay_ms_max=rng.choice((20.0, 60.0)),
+        gst_ms=8000,
+        limit_ms=20_000,
+    )
+
+
+@scenario
 def committee_byzantine(rng: random.Random) -> Plan:
     behaviours = tuple(rng.sample(("fork", "freeze-lies", "ack-all", "ack-some", "lead-two", "sync-lies", "vote-all"), 2))
     return _rough(
@@ -244,6 +292,22 @@ def leases(rng: random.Random) -> Plan:
 @scenario
 def observers(rng: random.Random) -> Plan:
     return _rough(rng, observer_count=2, admits=True, mix="claims", crash_count=rng.randint(0, 2))
+
+
+@scenario
+def dismissal(rng: random.Random) -> Plan:
+    """A node is admitted and dismissed while what it writes is on its way, beside a voter that is silent or takes sides."""
+    return _rough(
+        rng,
+        loss=rng.choice((0.05, 0.2, 0.5)),
+        observer_count=2,
+        admits=True,
+        dismisses=True,
+        op_count=40,
+        behaviours=rng.choice(((), (("ack-none",),), (("ack-some", "sync-lies"),), (("ack-all", "garbage"),))),
+        crash_count=rng.choice((0, 0, 1)),
+        close_quiet_ms=rng.choice((50, 200)),
+    )
 
 
 @scenario

@@ -13,10 +13,12 @@ from typing import Any
 
 import msgspec
 
-from formation.state import accounts, handover, lanes
+from formation.state import accounts, equivocation, handover, lanes
 from formation.state.accounts import Accounts, Intents
 from formation.state.claims import Claims, Lease
 from formation.state.committee import Committee
+from formation.state.equivocation import Equivocations
+from formation.state.fold import State
 from formation.state.lane import NO_HASH, Entry, Head
 from formation.state.lanes import Lanes
 from formation.state.membership import Handover, plan_handover
@@ -221,6 +223,19 @@ def _held_by_anyone(self: Claims, space: str, key: str, owner: str, now_ms: int)
 _CLAIM = Claims.claim
 _mutation("the last claim wins", "calm", (Claims, "claim", _last_wins), change=lambda plan: replace(plan, mix="claims"))
 _mutation("fences do not rise", "calm", (Claims, "claim", _same_fence), change=lambda plan: replace(plan, mix="claims"))
+
+
+def _place_once(self: State, op: Any, event: Any, fence: tuple[int, int]) -> str:
+    cell = self._find("vm", op.object_id)
+    before = None if cell is None else cell.placed
+    void = _PLACE_VM(self, op, event, fence)
+    if cell is not None and before is not None and before[0] == op.node_id:
+        cell.placed = before
+    return void
+
+
+_PLACE_VM = State._place
+_mutation("the same holder keeps its old fence", "leases", (State, "_place", _place_once))
 _mutation(
     "leases do not end",
     "leases",
@@ -320,6 +335,21 @@ _mutation(
     "byzantine",
     (Replica, "_check_checkpoint", lambda self, ref: Verdict.ACCEPT),
     change=lambda plan: replace(plan, behaviours=(("lead-root",),), checkpoint_op_count=4, voter_count=4),
+)
+
+
+_mutation(
+    "a ban needs no proof",
+    "equivocation",
+    (Equivocations, "holds", lambda self, raws: True),
+    change=lambda plan: replace(plan, behaviours=(("lead-ban",),), voter_count=4, committee="", observer_count=0),
+)
+_mutation(
+    "any two words are a contradiction",
+    "equivocation",
+    (equivocation, "_is_contradiction", lambda one, other: True),
+    change=lambda plan: replace(plan, behaviours=(("lead-ban", "ban-lies"),), voter_count=4, committee="", observer_count=0),
+    seeds=120,
 )
 
 

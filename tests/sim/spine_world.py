@@ -99,6 +99,7 @@ class FakeOracle:
         self.closing: dict[bytes, int] = {}
         """Lane → number at which it is to be closed."""
         self.handover: bytes | None = None
+        self.banned: set[int] = set()
         self.checkpoint_interval = 0
         """Heights between checkpoints; 0: none."""
         self.forget_final()
@@ -135,6 +136,9 @@ class FakeOracle:
 
     def is_certified(self, head: Head) -> bool:
         return self.certified.get(head.lane, 0) >= head.seq and head_of(head.lane, head.seq) == head
+
+    def is_banned(self, voter: int) -> bool:
+        return voter in self.banned
 
     def extras(self, parent_hash: bytes, height: int) -> Extras:
         closes = tuple(head_of(lane, seq) for lane, seq in sorted(self.closing.items()))
@@ -182,6 +186,8 @@ class Faults:
     """Before GST; afterwards there is always sync."""
     closes: bool = False
     handover: bool = False
+    bans: bool = False
+    """Each liar is banned at some moment before GST, which correct nodes learn of one after the other."""
     checkpoint_interval: int = 0
     op_count: int = 12
     lane_count: int = 4
@@ -489,8 +495,8 @@ class World:
         assert not both <= self.signed.keys(), f"I4: voter {voter} nullified and finalized view {view}"
 
     def _check_notarised(self, host: Host) -> None:
-        view = host.spine.notarised_view
-        hash_ = host.spine.notarised_hash(view)
+        view = host.spine._book.top
+        hash_ = host.spine._book.notarised(view)
         if hash_ is not None and view > host.spine.final.view:
             known = self.notarised.setdefault(view, hash_)
             assert known == hash_, f"I2: two notarised proposals in view {view}"
@@ -658,6 +664,7 @@ class Liar:
             closes=(),
             checkpoint=CheckpointRef(max(0, height - 1), b"z" * 32) if rng.random() < 0.05 else None,
             handover=b"lie" if rng.random() < 0.05 else None,
+            equivocations=(),
         )
         if rng.random() < 0.03:
             proposal = msgspec.structs.replace(proposal, epoch=proposal.epoch + 1)
@@ -695,6 +702,11 @@ def build(seed: int, faults: Faults, **options: object) -> World:
         at_ms = rng.uniform(0, gst_ms)
         for host in everybody:
             world.after(at_ms + rng.expovariate(1 / 30), partial(world.wish, host, _hand_over))
+    for liar in world.liars if faults.bans else ():
+        at_ms = rng.uniform(0, gst_ms * 0.8)
+        for host in everybody:
+            world.after(at_ms + rng.expovariate(1 / 100), partial(world.wish, host, partial(_ban, voter=liar)))
+            world.after(gst_ms + 50, partial(world.wish, host, partial(_ban, voter=liar)))
     hosts = list(world.hosts.values())
     for _ in range(faults.crash_count):
         world.after(rng.uniform(0, gst_ms), partial(world.crash, rng.choice(hosts)))
@@ -725,6 +737,10 @@ def _close(oracle: FakeOracle, *, lane: bytes, seq: int) -> None:
 
 def _hand_over(oracle: FakeOracle) -> None:
     oracle.handover = b"handover"
+
+
+def _ban(oracle: FakeOracle, *, voter: int) -> None:
+    oracle.banned.add(voter)
 
 
 def _jump(host: Host, jump_ns: int) -> None:

@@ -10,6 +10,7 @@ from formation.state.ack import Ack, sign_ack
 from formation.state.claims import Lease
 from formation.state.frames import FRAME_ACK, FRAME_BLOCK
 from formation.state.lane import Head
+from formation.state.lanes import ORPHAN_ACK_COUNT_MAX
 from formation.state.spine_values import Kind, Vote, sign_vote
 from tests.sim.checkers import InvariantError
 from tests.sim.cluster import Cluster
@@ -119,7 +120,9 @@ def _other_state(cluster: Cluster) -> None:
 def _too_many_orphans(cluster: Cluster) -> None:
     from collections import deque
 
-    cluster.nodes[0].replica.lanes._orphans[3] = deque([b""] * 9)
+    ack = Ack(epoch=0, voter=3, n=1, heads=())
+    kept = sign_ack(fake_sign(b"?"), ack, network_id=NETWORK_ID)
+    cluster.nodes[0].replica.lanes._orphans[3] = deque([kept] * (ORPHAN_ACK_COUNT_MAX + 1))
     cluster.checkers.check_limits(cluster.nodes[0])
 
 

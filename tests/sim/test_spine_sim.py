@@ -19,6 +19,7 @@ TROUBLES = {
     "crashes": Faults(loss=0.1, crash_count=4, crash_at_commit=0.05, compact=0.1),
     "power cut": Faults(loss=0.2, duplicate=0.1, crash_at_commit=0.05, crash_all=True, compact=0.1),
     "liars": LIES,
+    "banned liars": replace(LIES, bans=True, loss=0.2, crash_count=2, partition_count=1),
     "power cut and liars": replace(LIES, loss=0.2, crash_at_commit=0.05, crash_all=True),
     "no sync": replace(LIES, has_sync=False, liar_count=0, loss=0.4, partition_count=2),
     "long": replace(LIES, op_count=60, gst_ms=6000, partition_count=3, crash_at_commit=0.02, crash_count=3, delay_ms_max=60),

@@ -30,6 +30,7 @@ from formation.core.event import (
     ImageHeld,
     NodeAdmitted,
     NodeAdvertised,
+    NodeDismissed,
     OwnershipTransferred,
     Seat,
     Topic,
@@ -336,3 +337,6 @@ class Workload:
 
     def admit(self, node_id: str) -> tuple[Topic, PlainOp]:
         return Topic.COMMITTEE, event_op(NodeAdmitted(), node_id)
+
+    def dismiss(self, node_id: str) -> tuple[Topic, PlainOp]:
+        return Topic.COMMITTEE, event_op(NodeDismissed(), node_id)

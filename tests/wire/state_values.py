@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from formation.core.codec import encode
 from formation.core.event import (
     AccountImported,
@@ -71,6 +73,7 @@ from formation.state import sync
 from formation.state.ack import Ack, sign_ack
 from formation.state.checkpoint import Item, SnapshotRange, SnapshotSource, StateTree
 from formation.state.committee import Committee
+from formation.state.equivocation import make_equivocation
 from formation.state.evidence import STATE_FORMAT, Bucket, Format, OpBundle
 from formation.state.final_chain import FinalChain
 from formation.state.gossip import pack_frames
@@ -242,6 +245,7 @@ PROPOSAL = Proposal(
     closes=(Head(min(LANES[1:]), 0, NO_HASH),),
     checkpoint=CheckpointRef(8, TREE.root()),
     handover=None,
+    equivocations=(),
 )
 
 
@@ -267,6 +271,7 @@ LAST = Proposal(
     closes=(),
     checkpoint=None,
     handover=encode(HANDOVER),
+    equivocations=(b"e" * 40,),
 )
 LAST_ENTRY = signed_by_leader(LAST)
 VOTES = tuple(vote_of(Kind.NOTARIZE, voter, 5, PROPOSAL_ENTRY.hash) for voter in (0, 1, 3))
@@ -284,10 +289,20 @@ NEXT = Proposal(
     closes=(),
     checkpoint=CheckpointRef(8, TREE.root()),
     handover=None,
+    equivocations=(),
 )
 NEXT_ENTRY = sign_proposal(KEYS[0].sign, NEXT, network_id=NETWORK_ID)
 NEXT_FINAL = make_final(
     NEXT_ENTRY, [sign_vote(KEYS[0].sign, Kind.FINALIZE, Vote(4, 1, 0, NEXT_ENTRY.hash), network_id=NETWORK_ID)]
+)
+EQUIVOCATION = make_equivocation(
+    KEYS[3].public_key, (Kind.NULLIFY, NULLIFY.raw), (Kind.FINALIZE, vote_of(Kind.FINALIZE, 3, 5, PROPOSAL_ENTRY.hash).raw)
+)
+OTHER_PROPOSAL_ENTRY = signed_by_leader(msgspec.structs.replace(PROPOSAL, cut=()))
+LEADER_EQUIVOCATION = make_equivocation(
+    KEYS[COMMITTEE.leader(5)].public_key,
+    (Kind.PROPOSAL, PROPOSAL_ENTRY.header.raw),
+    (Kind.PROPOSAL, OTHER_PROPOSAL_ENTRY.header.raw),
 )
 OFFER = sync.SnapshotOffer((encode(LINK),), encode(FinalChain((), NEXT_FINAL.raw)), encode(SNAPSHOT_HEAD))
 """By the committee of epoch 4, to which the link leads: the first of KEYS alone."""
@@ -342,9 +357,13 @@ VALUES: dict[str, tuple[str, bytes]] = {
     "ack signed": ("cose_sign1", ACK_ENTRY.raw),
     "evidence": ("fork_evidence", encode(EVIDENCE)),
     "proposal": ("checkpoint_proposal", encode(PROPOSAL)),
-    "proposal signed": ("cose_sign1", PROPOSAL_ENTRY.raw),
+    "proposal led": ("led_proposal", PROPOSAL_ENTRY.raw),
+    "proposal header": ("proposal_header", PROPOSAL_ENTRY.header.payload),
+    "proposal header signed": ("cose_sign1", PROPOSAL_ENTRY.header.raw),
     "proposal of handover": ("plain_proposal", encode(LAST)),
-    "proposal of handover signed": ("cose_sign1", LAST_ENTRY.raw),
+    "proposal of handover led": ("led_proposal", LAST_ENTRY.raw),
+    "equivocation": ("equivocation", EQUIVOCATION),
+    "equivocation of a leader": ("equivocation", LEADER_EQUIVOCATION),
     "vote": ("spine_vote", VOTES[0].signed.payload),
     "vote notarize signed": ("cose_sign1", VOTES[0].raw),
     "vote nullify signed": ("cose_sign1", NULLIFY.raw),

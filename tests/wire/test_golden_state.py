@@ -16,9 +16,10 @@ import pytest
 from formation.core.codec import Context, encode, parse_signed, sign_value, verify_ed25519
 from formation.core.errors import DecodeError
 from formation.core.event import EVENT_TYPES, parse_event
-from formation.core.ids import NetworkId
+from formation.core.ids import NetworkId, node_id_of
 from formation.state import sync
 from formation.state.ack import ack_signature_holds, parse_ack
+from formation.state.equivocation import equivocation_holds, parse_equivocation
 from formation.state.final_chain import final_chain_holds, parse_final_chain
 from formation.state.lane import block_signature_holds, parse_block, parse_evidence
 from formation.state.membership import freeze_signature_holds, parse_freeze, parse_handover, parse_link
@@ -117,6 +118,12 @@ def test_the_schema_refuses_a_changed_value(name: str) -> None:
         ("proposal", 7, [1, bytes(31)]),
         ("proposal of handover", 8, b""),
         ("vote", 3, bytes(31)),
+        ("proposal", 9, [b""]),
+        ("proposal led", 1, bytes(161)),
+        ("proposal header", 2, bytes(31)),
+        ("equivocation", 0, bytes(31)),
+        ("equivocation", 1, 9),
+        ("equivocation", 4, bytes(161)),
         ("votes", 0, 8),
         ("votes", 1, []),
         ("final", 1, [bytes(161)]),
@@ -171,7 +178,7 @@ def test_the_decoders_take_the_golden_values() -> None:
     parse_evidence(verify_ed25519, data["evidence"], network_id=NETWORK_ID)
     ack = parse_ack(data["ack signed"])
     assert ack_signature_holds(verify_ed25519, KEYS[2].public_key, ack, network_id=NETWORK_ID)
-    proposal = parse_proposal(data["proposal signed"])
+    proposal = parse_proposal(data["proposal led"])
     assert proposal_signature_holds(verify_ed25519, COMMITTEE, proposal, network_id=NETWORK_ID)
     assert {vote.kind for vote in parse_votes(data["votes"])} == {Kind.NOTARIZE}
     assert parse_final(data["final"]).proposal.proposal.handover == encode(parse_handover(data["handover"]))
@@ -179,6 +186,8 @@ def test_the_decoders_take_the_golden_values() -> None:
     for name in ("final chain", "link"):
         assert final_chain_holds(verify_ed25519, COMMITTEE, parse_final_chain(data[name]), network_id=NETWORK_ID)
     parse_link(data["link"])
+    for name in ("equivocation", "equivocation of a leader"):
+        assert equivocation_holds(verify_ed25519, parse_equivocation(data[name]), network_id=NETWORK_ID)
     for name in ("hello", "spine pull", "frontier", "pull", "snapshot", "pieces"):
         assert encode(sync.decode_request(data[name])) == data[name]
 
@@ -201,6 +210,9 @@ def test_every_item_of_a_state_obeys_its_schema() -> None:
     replica = make_replica(0, voter_count=1)
     for kind, ops in state_values.life_of_one_voter(make_wish, make_manifest(*KEYS_OF_OTHERS)):
         submit(replica, kind, ops)
+    replica.state.dismissed[KEYS[0].public_key] = 1
+    replica.state._dirty.add(("dismissed", node_id_of(KEYS[0].public_key)))
+    replica.state.ban(next(iter(replica.state.admitted)), VALUES["equivocation"][1])
     replica.tree.update(replica.state.take_dirty())
     sections = set()
     for item in replica.tree.items():
@@ -220,6 +232,8 @@ def test_every_item_of_a_state_obeys_its_schema() -> None:
         "intent",
         "quota",
         "admitted",
+        "banned",
+        "dismissed",
         "cell.vm",
         "cell.value",
         "cells",

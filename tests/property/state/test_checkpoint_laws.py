@@ -7,7 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formation.core.codec import decode, encode
+from formation.core.codec import decode, encode, sha256
 from formation.core.errors import DecodeError
 from formation.state.checkpoint import (
     BUCKET_COUNT,
@@ -16,12 +16,11 @@ from formation.state.checkpoint import (
     SnapshotRange,
     SnapshotSource,
     StateTree,
-    bucket_number,
     parse_snapshot_chunk,
     parse_snapshot_head,
-    parse_snapshot_range,
     verify_item,
 )
+from formation.state.sync import decode_request
 
 KEYS = st.tuples(st.sampled_from(["", "vm", "cell.vm", "é"]), st.text(max_size=4))
 # Lengths around the places where CBOR's heads grow, and where a piece is full.
@@ -32,6 +31,11 @@ HOSTILE = st.binary(max_size=80) | st.recursive(
     lambda inner: st.lists(inner, max_size=5),
     max_leaves=12,
 ).map(encode)
+
+
+def bucket_of(section: str, object_id: str) -> int:
+    """The rule as README.md has it: the first 12 bits of SHA-256 over CBOR [section, id]."""
+    return int.from_bytes(sha256(encode([section, object_id]))[:2], "big") >> 4
 
 
 def tree_of(items: dict[tuple[str, str], bytes]) -> StateTree:
@@ -48,7 +52,7 @@ def test_root_forgets_history(steps: list[dict[tuple[str, str], bytes | None]], 
     tree = StateTree()
     for index, step in enumerate(steps):
         before = dict(model)
-        tree.mark()
+        tree.take_dirty()
         tree.update(step)
         for key, value in step.items():
             if value is None:
@@ -58,12 +62,12 @@ def test_root_forgets_history(steps: list[dict[tuple[str, str], bytes | None]], 
         if looks >> index & 1:
             tree.root()
         touched = {key for key in before.keys() | model.keys() if before.get(key) != model.get(key)}
-        assert set(tree.dirty_buckets()) == {bucket_number(*key) for key in touched}
+        assert set(tree.take_dirty()) == {bucket_of(*key) for key in touched}
     assert tree.root() == tree_of(model).root()
     assert {(item.section, item.id): item.value for item in tree.items()} == model
     assert tree.item_count == len(model)
     rebuilt = StateTree()
-    for number in {bucket_number(*key) for key in model}:
+    for number in {bucket_of(*key) for key in model}:
         rebuilt.load_bucket(number, tree.bucket(number))
     assert (rebuilt.root(), rebuilt.item_count, rebuilt.size_bytes) == (tree.root(), tree.item_count, tree.size_bytes)
 
@@ -130,7 +134,7 @@ def answer(
     assembly: SnapshotAssembly, source: SnapshotSource, wanted: SnapshotRange, rng: random.Random, store: dict[int, bytes]
 ) -> None:
     """One of three peers answers: one is honest, one changes a byte, one is silent."""
-    chunk = source.chunk(parse_snapshot_range(encode(wanted)))
+    chunk = source.chunk(wanted)
     assert chunk is not None
     raw = bytearray(encode(chunk))
     peer = rng.randrange(3)
@@ -158,7 +162,7 @@ def test_hostile_bytes_raise_decode_errors(data: bytes) -> None:
     (wanted,) = assembly.wanted(1)
     for use in (
         lambda: parse_snapshot_head(data, root=tree.root()),
-        lambda: parse_snapshot_range(data),
+        lambda: decode_request(data),
         lambda: assembly.take(wanted, parse_snapshot_chunk(data)),
         lambda: verify_item(tree.root(), "vm", "a", decode(data, ItemProof)),
         lambda: StateTree().load_bucket(0, data or b"\x00"),
@@ -168,4 +172,4 @@ def test_hostile_bytes_raise_decode_errors(data: bytes) -> None:
         except DecodeError:
             continue
         # A well-formed request is the only thing that random bytes may be.
-        parse_snapshot_range(data)
+        decode_request(data)

@@ -338,6 +338,7 @@ class World:
             closes=(),
             checkpoint=None,
             handover=encode(handover),
+            equivocations=(),
         )
         entry = sign_proposal(signer(committee.voters[committee.leader(1)]), proposal, network_id=NETWORK_ID)
         signed_by = self.rng.sample(range(len(committee.voters)), committee.quorum_size)

@@ -84,7 +84,10 @@ def state() -> dict[str, Any]:
             lane("n1", head=7, certified=7, final=7),
             lane("n2", head=3, certified=3, final=3, condition="forked"),
         ],
-        "banned": [{"node_id": NODE_2, "name": "n2"}],
+        "banned": [
+            {"node_id": NODE_2, "name": "n2", "why": "two blocks", "height": 0},
+            {"node_id": NODE_1, "name": "n1", "why": "two votes", "height": 7},
+        ],
         "checkpoint": {"height": 6, "root": "ab" * 32, "time_ms": AT_MS, "age_ms": 61_000},
         "disk_size_bytes": 64 << 20,
         "clock_ahead_ms": 1_250,

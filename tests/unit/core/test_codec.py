@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import cbor2
 import msgspec
@@ -13,6 +14,7 @@ from formation.core.codec import (
     Sign,
     bytes_head,
     decode,
+    decode_arrays,
     encode,
     item_head,
     parse_signed,
@@ -55,6 +57,52 @@ def test_a_value_comes_back() -> None:
     """decode undoes encode."""
     assert decode(encode(Row(1, "a", b"\xff")), Row) == Row(1, "a", b"\xff")
     assert decode(encode(Table(b=-5, aa={"k": "ü"})), Table) == Table(b=-5, aa={"k": "ü"})
+
+
+class Loose(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    number: int
+    rows: tuple[Row, ...]
+    parts: tuple[Any, ...]
+
+
+ORDERED: dict[str, list[Any]] = {
+    "no map": [1, b"x", None, [["a"]]],
+    "one key": [{"zz": 1}],
+    "shorter first": [{"b": 1, "aa": 2, "ab": 3}],
+    "nested": [[{"a": [{"c": {"d": 1, "dd": 2}}], "b": {}}]],
+    "bytes before text": [{b"a": 0, "a": 0, b"aa": 0}],
+    "beyond ASCII": [{"z": 0, "é": 0, "éé": 0}],
+}
+UNORDERED: dict[str, list[Any]] = {
+    "longer first": [{"aa": 2, "b": 1}],
+    "not by bytes": [{"b": 1, "a": 1}],
+    "nested": [[{"a": [{"c": {"dd": 2, "d": 1}}], "b": {}}]],
+    "in a value of a map": [{"a": {"y": 0, "x": 0}}],
+    "text before bytes": [{"a": 0, b"a": 0}],
+    "beyond ASCII": [{"é": 0, "z": 0}],
+}
+
+
+def loose(parts: list[Any]) -> bytes:
+    """As somebody writes it who keeps no order of keys."""
+    return cbor2.dumps([7, [], parts])
+
+
+@pytest.mark.parametrize("what", ORDERED)
+def test_maps_in_order_are_decoded_fast_and_slow_alike(what: str) -> None:
+    """Both decoders take what encode gives."""
+    data = loose(ORDERED[what])
+    assert data == cbor2.dumps([7, [], ORDERED[what]], canonical=True)
+    assert decode_arrays(data, Loose) == decode(data, Loose)
+
+
+@pytest.mark.parametrize("what", UNORDERED)
+def test_maps_out_of_order_are_refused_fast_and_slow_alike(what: str) -> None:
+    """However deep: a value has one encoding."""
+    data = loose(UNORDERED[what])
+    for take in (decode, decode_arrays):
+        with pytest.raises(DecodeError, match="deterministic"):
+            take(data, Loose)
 
 
 REFUSED = {

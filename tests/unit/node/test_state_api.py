@@ -12,12 +12,14 @@ import pytest
 import trio
 
 from formation.core.codec import verify_ed25519
+from formation.core.errors import DeniedError
 from formation.core.event import (
     AccountKeyRotated,
     ClaimMade,
     DelegationGiven,
     Event,
     GrantGiven,
+    ImageHeld,
     ValueCounted,
     ValuePut,
     ValueRemoved,
@@ -27,8 +29,11 @@ from formation.core.ids import node_id_of
 from formation.core.intent import sign_intent
 from formation.core.keys import KeyPair
 from formation.node.api import ApiParts, TokenGuard, make_api
+from formation.state.equivocation import make_equivocation
 from formation.state.evidence import verify_op, verify_state
 from formation.state.feed import Level
+from formation.state.frames import FRAME_EQUIVOCATION
+from formation.state.spine_values import Kind, Vote, sign_vote
 from tests.unit.node.asgi import Answer, Client
 from tests.unit.node.nodes import OTHER, USER, Nodes, eventually, now_ms, running
 
@@ -169,6 +174,28 @@ async def test_a_clock_that_is_ahead_is_warned_of(tmp_path: Path, jumping_clock:
             nursery.cancel_scope.cancel()
 
 
+async def test_a_banned_key_is_told_and_writes_nothing(tmp_path: Path, jumping_clock: trio.abc.Clock) -> None:
+    """Two votes of one voter, seen by one node: final everywhere with its height, and its own node says why it cannot write."""
+    async with running(tmp_path, voters=4) as nodes:
+        await say(nodes, ValuePut(value=b"blue"), f"{ACCOUNT}/color")
+        liar, network_id = nodes.keys[3], nodes.manifest.network_id
+        words = [
+            (Kind.FINALIZE, sign_vote(liar.sign, Kind.FINALIZE, Vote(0, 900, 3, bytes([n]) * 32), network_id=network_id).raw)
+            for n in (1, 2)
+        ]
+        proof = make_equivocation(liar.public_key, words[0], words[1])
+        await nodes[0].state._on_frame(nodes.keys[1].node_id, FRAME_EQUIVOCATION + proof)
+        (known,) = (await get(nodes, "/v1/state"))["banned"]
+        assert (known["name"], known["why"]) == ("n3", "two votes")
+        await eventually(lambda: all(nodes[i].state.replica.state.is_banned(liar.public_key) for i in range(4)))
+        shown = [(await get(nodes, "/v1/state", index=index))["banned"] for index in range(4)]
+        assert all(other == shown[0] for other in shown)
+        assert shown[0][0]["height"] > 0
+        with pytest.raises(DeniedError, match="banned"):
+            await nodes[3].state.append_event(ImageHeld(), "sha256:" + "0" * 64)
+        assert not nodes[3].state.status().may_write
+
+
 # ── voters ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -303,6 +330,15 @@ async def test_a_bundle_proves_an_operation(tmp_path: Path, jumping_clock: trio.
         assert found.certified is not None
         assert found.final is not None
         assert found.final_height <= replica.state.height
+        await nodes.stop(0)
+        async with trio.open_nursery() as nursery:
+            await nodes.start(nursery, 0)
+            answer = await nodes.client().get(f"/v1/ops/{name}-0/bundle")
+            again = verify_op(answer.body, verify=verify_ed25519)
+            # What others acknowledged before the restart is gone; the final cut needs none of it.
+            assert again.certified is None
+            assert (again.final, again.final_height) == (found.final, found.final_height)
+            nursery.cancel_scope.cancel()
 
 
 async def test_an_operation_that_is_not_there(tmp_path: Path, jumping_clock: trio.abc.Clock) -> None:
@@ -394,7 +430,7 @@ async def test_roles_on_a_vm_are_listed(tmp_path: Path, jumping_clock: trio.abc.
     """The owner, and whom it gave a role."""
     async with running(tmp_path, voters=1, hosts=frozenset()) as nodes:
         vm_id = await nodes.create(await nodes.build())
-        await eventually(lambda: nodes[0].state.replica.state.accounts.owner_of(vm_id) == ACCOUNT)
+        await eventually(lambda: nodes[0].state.replica.view.owner(vm_id, Level.FINAL) == ACCOUNT)
         await say(nodes, GrantGiven(account=OTHER.account_id, level=int(Role.OPERATOR)), vm_id)
         shown = await get(nodes, "/v1/vms/web/grants")
         assert shown["owner"] == ACCOUNT
@@ -407,7 +443,7 @@ async def test_a_permit_is_by_the_key_in_force(tmp_path: Path, jumping_clock: tr
     async with running(tmp_path, voters=4) as nodes:
         vm_id, _ = await nodes.boot()
         await eventually(lambda: nodes[1].state.view.vm(vm_id) is not None)
-        await eventually(lambda: nodes[0].state.replica.state.accounts.owner_of(vm_id) == ACCOUNT)
+        await eventually(lambda: nodes[0].state.replica.view.owner(vm_id, Level.FINAL) == ACCOUNT)
 
         async def look(path: str, permit: str) -> int:
             async with nodes.client(1).open("GET", f"/v1/vms/{vm_id}/{path}", headers={"formation_permit": permit}) as call:

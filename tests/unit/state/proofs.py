@@ -94,6 +94,7 @@ def proposal(
         closes=(),
         checkpoint=checkpoint,
         handover=handover,
+        equivocations=(),
     )
     return sign_proposal(key_of(committee, committee.leader(height)).sign, value, network_id=NETWORK_ID)
 

@@ -26,14 +26,13 @@ from formation.state.checkpoint import (
     SnapshotRange,
     SnapshotSource,
     StateTree,
-    bucket_number,
     is_checkpoint_due,
     parse_snapshot_chunk,
     parse_snapshot_head,
-    parse_snapshot_range,
     split_bucket,
     verify_item,
 )
+from formation.state.sync import PiecePull, decode_request
 
 
 def tree_of(items: dict[tuple[str, str], bytes]) -> StateTree:
@@ -56,12 +55,25 @@ def source_of(tree: StateTree, height: int = 7) -> SnapshotSource:
     return SnapshotSource(tree.head(height), tree.bucket)
 
 
+def bucket_of(section: str, object_id: str) -> int:
+    """The rule as README.md has it: the first 12 bits of SHA-256 over CBOR [section, id]."""
+    return int.from_bytes(hashlib.sha256(encode([section, object_id])).digest()[:2], "big") >> 4
+
+
+def missing_count(assembly: SnapshotAssembly) -> int:
+    """Pieces that are still to be asked for."""
+    ranges = assembly.wanted(BUCKET_COUNT * 2)
+    for each in ranges:
+        assembly.give_back(each)
+    return sum(each.count for each in ranges)
+
+
 def fetch(assembly: SnapshotAssembly, source: SnapshotSource, tree: StateTree) -> int:
     """All that is missing, from one honest peer, over the wire; how many chunks that took."""
     count = 0
     while not assembly.is_complete:
         for wanted in assembly.wanted(3):
-            chunk = source.chunk(parse_snapshot_range(encode(wanted)))
+            chunk = source.chunk(wanted)
             assert chunk is not None
             for number, content in assembly.take(wanted, parse_snapshot_chunk(encode(chunk))):
                 tree.load_bucket(number, content)
@@ -129,17 +141,15 @@ def test_every_part_of_an_item_counts() -> None:
 def test_only_changed_buckets_are_dirty() -> None:
     """The store is told what changed since the mark: not what was written again as it was, nor what came from it."""
     tree = tree_of(values(1000))
-    tree.mark()
-    assert tree.dirty_buckets() == ()
+    tree.take_dirty()
+    assert not tree.take_dirty()
     tree.update({("vm", "vm-7"): values(1000)["vm", "vm-7"], ("vm", "none"): None})
-    assert tree.dirty_buckets() == ()
+    assert not tree.take_dirty()
     tree.update({("vm", "vm-7"): b"\x01", ("vm", "new"): b"\x02", ("vm", "vm-8"): None})
-    assert set(tree.dirty_buckets()) == {bucket_number("vm", name) for name in ("vm-7", "new", "vm-8")}
     tree.root()
-    assert tree.dirty_buckets() != ()
-    tree.mark()
-    tree.load_bucket(bucket_number("vm", "new"), b"")
-    assert tree.dirty_buckets() == ()
+    assert set(tree.take_dirty()) == {bucket_of("vm", name) for name in ("vm-7", "new", "vm-8")}
+    tree.load_bucket(bucket_of("vm", "new"), b"")
+    assert not tree.take_dirty()
 
 
 def test_items_are_found() -> None:
@@ -157,7 +167,7 @@ def test_items_are_found() -> None:
 def test_lengths_are_in_shortest_form(count: int) -> None:
     """An item's bytes are what the codec writes, at each length where the form changes."""
     tree = tree_of({("s" * min(count, 300), "i" * min(count, 300)): b"x" * count})
-    assert [encode(item) for item in tree.items()] == [tree.bucket(n)[1:] for n in tree.dirty_buckets()]
+    assert [encode(item) for item in tree.items()] == [content[1:] for content in tree.take_dirty().values()]
 
 
 def test_buckets_rebuild_the_tree() -> None:
@@ -173,7 +183,7 @@ def test_buckets_rebuild_the_tree() -> None:
 def test_bad_buckets_are_refused() -> None:
     """Content that is not CBOR, not sorted, doubled, or in another bucket's place."""
     tree = tree_of({("vm", "a"): b"\x01"})
-    (number,) = tree.dirty_buckets()
+    (number,) = tree.take_dirty()
     content = tree.bucket(number)
     item = content[1:]
     for bad in (b"\x00", content[:-1], content + b"\x00", b"\x82" + item + item, encode([["vm", "a"]])):
@@ -315,7 +325,7 @@ def test_lying_peer_is_named_and_the_rest_is_asked_elsewhere() -> None:
     tree = tree_of(values(2000))
     source, twin = source_of(tree), StateTree()
     assembly = SnapshotAssembly(source.head)
-    before = assembly.missing_count
+    before = missing_count(assembly)
     for lie in range(6):
         (wanted,) = assembly.wanted(1)
         assert wanted.first == 0
@@ -332,7 +342,7 @@ def test_lying_peer_is_named_and_the_rest_is_asked_elsewhere() -> None:
         )[lie]
         with pytest.raises(DecodeError):
             assembly.take(wanted, bad)
-        assert assembly.missing_count == before
+        assert missing_count(assembly) == before
     fetch(assembly, source, twin)
     assert twin.root() == tree.root()
 
@@ -361,14 +371,14 @@ def test_assembly_resumes_with_what_the_store_holds() -> None:
     old = {number: tree.bucket(number) for number in range(BUCKET_COUNT)}
     gone = ("vm", "vm-5")
     tree.update({("vm", "vm-1"): b"\x01", ("vm", "new"): b"\x02", gone: None})
-    changed = {bucket_number("vm", name) for name in ("vm-1", "new", "vm-5")}
+    changed = {bucket_of("vm", name) for name in ("vm-1", "new", "vm-5")}
     source = source_of(tree, 8)
     assembly = SnapshotAssembly(source.head, held=old.items())
     assert assembly.kept == set(range(BUCKET_COUNT)) - changed
     twin = StateTree()
     for number in assembly.kept:
         twin.load_bucket(number, old[number])
-    assert assembly.missing_count <= 3
+    assert missing_count(assembly) <= 3
     fetch(assembly, source, twin)
     assert twin.root() == tree.root()
 
@@ -401,9 +411,9 @@ def test_crowded_bucket_travels_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_requests_out_of_bounds_are_refused() -> None:
     """A range of nothing, of too much, before the first piece; behind the last; of another height."""
-    for bad in (SnapshotRange(7, 0, 0), SnapshotRange(7, 0, CHUNK_PIECE_COUNT_MAX + 1), SnapshotRange(7, -1, 1)):
+    for bad in (PiecePull(7, 0, 0), PiecePull(7, 0, CHUNK_PIECE_COUNT_MAX + 1), PiecePull(7, -1, 1), PiecePull(-1, 0, 1)):
         with pytest.raises(DecodeError):
-            parse_snapshot_range(encode(bad))
+            decode_request(encode(bad))
     source = source_of(tree_of(values(10)))
     assert source.chunk(SnapshotRange(6, 0, 1)) is None
     assert source.chunk(SnapshotRange(7, 10, 1)) is None

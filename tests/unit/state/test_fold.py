@@ -171,6 +171,30 @@ def test_a_placement_ends_by_the_spines_time(chain: Chain) -> None:
     assert (lease.owner, lease.fence) == (node_id(1), (4, 0))
 
 
+@pytest.mark.parametrize("author", [1, 2])
+def test_a_new_grant_has_a_new_fence_whoever_gets_it(chain: Chain, author: int) -> None:
+    """The same holder too, once its lease had ended; a claim of what it holds is a renewal, and changes no fence."""
+    chain.height(CREATE)
+
+    def shown() -> tuple[str, tuple[int, ...]]:
+        cell, lease = chain.state.final_cell(RecordKind.VM, VM_ID), chain.state.placement(VM_ID)
+        assert cell is not None
+        assert cell.placed is not None
+        assert lease is None or cell.placed[3:] == lease.fence
+        return cell.placed[0], cell.placed[3:]
+
+    chain.height(word(VmClaimed(why="x", ttl_ms=30_000), author=2))
+    first = shown()
+    assert chain.height(word(VmClaimed(why="again", ttl_ms=30_000), author=2)) == [""]
+    assert shown() == first == (node_id(2), (2, 0))
+    chain.height(after_ms=30_001)
+    assert chain.state.placement(VM_ID) is None
+    assert shown() == first, "the last holder is still told"
+    assert chain.height(word(VmClaimed(why="anew", ttl_ms=30_000), author=author)) == [""]
+    assert shown() == (node_id(author), (5, 0))
+    assert shown()[1] > first[1]
+
+
 def test_a_deleted_vm_is_deleted_for_ever(chain: Chain) -> None:
     """Its lease goes; later words are void; when its holder has nothing of it left, the record goes too."""
     chain.height(CREATE)

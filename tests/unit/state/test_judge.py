@@ -8,6 +8,7 @@ import cbor2
 import pytest
 
 from formation.core.codec import Context, sign_value
+from formation.core.errors import DecodeError
 from formation.core.event import (
     AccountRegistered,
     ClaimMade,
@@ -111,14 +112,19 @@ def test_an_intent_is_timely_by_its_blocks_time_alone() -> None:
     assert judge(plain, at_ms=-FUTURE_MS_MAX - 1).void
 
 
-def test_fields_out_of_order_are_void() -> None:
-    """A body has one form: shorter names first. The block's decoder leaves that to the judge."""
-    block = make_block().block
-    for fields, is_void in (({"why": "x", "ttl_ms": 2_000}, False), ({"ttl_ms": 2_000, "why": "x"}, True)):
+def test_fields_out_of_order_are_no_block() -> None:
+    """A body has one form: shorter names first. Its bytes are the author's own conduct, so every replica refuses the block."""
+
+    def signed(fields: dict[str, Any]) -> bytes:
+        block = make_block().block
         plain = ["O", "vm.claimed", VM_ID, fields, None, None]
         payload = cbor2.dumps([block.lane, 1, block.prev, block.hlc, [0, NETWORK_ID], [], "vm", [plain]])
-        raw = sign_value(signer(KEYS[1]), Context.BLOCK, network_id=NETWORK_ID, payload=payload).raw
-        assert bool(judge_block(parse_block(raw, network_id=NETWORK_ID), HOLDS)[0].void) is is_void
+        return sign_value(signer(KEYS[1]), Context.BLOCK, network_id=NETWORK_ID, payload=payload).raw
+
+    entry = parse_block(signed({"why": "x", "ttl_ms": 2_000}), network_id=NETWORK_ID)
+    assert judge_block(entry, HOLDS)[0].void == ""
+    with pytest.raises(DecodeError, match="deterministic"):
+        parse_block(signed({"ttl_ms": 2_000, "why": "x"}), network_id=NETWORK_ID)
 
 
 def test_a_forged_intent_is_void_and_lends_its_verdict_to_no_other() -> None:

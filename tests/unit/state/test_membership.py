@@ -628,6 +628,7 @@ def proposal_of(committee: Committee, handover: bytes | None, *, parent: Proposa
         closes=(),
         checkpoint=None,
         handover=handover,
+        equivocations=(),
     )
     return sign_proposal(signer(committee.voters[committee.leader(value.view)]), value, network_id=NETWORK_ID)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from formation.state.effects import Commit, CommitReady, Notify, RangeReceived, 
 from formation.state.feed import Level
 from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EVIDENCE
 from formation.state.lane import Head, LaneId
-from formation.state.lanes import HEARD_MS_MAX
+from formation.state.lanes import HEARD_MS_MAX, ORPHAN_ACK_COUNT_MAX
+from formation.state.limits import GUEST_BURST_COUNT
 from formation.state.op import event_op
-from formation.state.replica import RecordKindOf
+from formation.state.replica import RecordKindOf, Replica
 from tests.unit.state.replicas import (
+    KEYS,
     NOW_NS,
     OP,
     PEER,
@@ -31,6 +34,8 @@ from tests.unit.state.replicas import (
     make_block,
     make_chain,
     make_replica,
+    node_id,
+    settle,
     submit,
     take,
 )
@@ -74,11 +79,11 @@ def test_a_quorum_of_acks_certifies() -> None:
     assert replica.counts == (1, 1)
 
 
-def test_a_forged_early_ack_is_no_fault_of_who_brings_the_block() -> None:
-    """It waited for its lane unchecked; the honest peer's block is taken with all that is honest beside it."""
+def test_a_forged_early_ack_is_a_fault_of_who_brings_it() -> None:
+    """It is checked before it waits for its lane; the block's bringer is not blamed for it, and what is honest counts."""
     replica, entry = make_replica(), make_block()
     true = make_ack(3, entry)
-    take(replica, FRAME_ACK + true[:-1] + bytes([true[-1] ^ 1]))
+    assert faults(take(replica, FRAME_ACK + true[:-1] + bytes([true[-1] ^ 1]))) == ["ack: the signature does not hold"]
     take(replica, FRAME_ACK + make_ack(2, entry))
     assert faults(take(replica, FRAME_BLOCK + entry.raw)) == []
     take(replica, FRAME_ACK + true)
@@ -231,6 +236,69 @@ def test_acks_make_no_lanes() -> None:
     for n in range(1, 50):
         take(replica, FRAME_ACK + make_ack(2, make_block(incarnation=n), n=n))
     assert len(replica.lanes) == before
+    assert {voter: len(kept) for voter, kept in replica.lanes._orphans.items()} == {2: ORPHAN_ACK_COUNT_MAX}
+    assert len(replica.lanes._orphan_lanes) == ORPHAN_ACK_COUNT_MAX
+
+
+def test_nobody_pushes_out_the_early_acks_of_another() -> None:
+    """Forgeries are not kept, copies are not kept twice, and what a liar signs counts as its own."""
+    replica, entry = make_replica(), make_block()
+    true = make_ack(3, entry)
+    take(replica, FRAME_ACK + true)
+    for n in range(1, 50):
+        unknown = make_block(incarnation=n + 1)
+        take(replica, FRAME_ACK + make_ack(2, unknown, n=n))
+        forged = make_ack(3, unknown, n=n)
+        take(replica, FRAME_ACK + forged[:-1] + bytes([forged[-1] ^ 1]))
+        take(replica, FRAME_ACK + true)
+    assert [kept.raw for kept in replica.lanes._orphans[3]] == [true]
+    take(replica, FRAME_BLOCK + entry.raw)
+    take(replica, FRAME_ACK + make_ack(2, entry, n=99))
+    commit(replica)
+    assert replica.counts[1] == 1
+    assert 3 not in {v for v, kept in replica.lanes._orphans.items() if kept}, "what names nothing more is let go"
+
+
+def dismissed(replica: Replica, index: int = 5) -> None:
+    """The node was admitted, and is not any more."""
+    replica.state.admitted.pop(KEYS[index], None)
+    replica.state.dismissed[KEYS[index]] = 1
+    replica.lanes.end_writer(KEYS[index], NOW_NS)
+
+
+def test_the_lane_of_one_who_was_dismissed_is_taken_up_where_a_voter_acknowledged_it() -> None:
+    """Its first block came too late: without an ack of a voter it is nothing, with one it is acknowledged as far as that."""
+    replica, (first, second) = make_replica(), make_chain(2, author=5)
+    dismissed(replica)
+    for entry in (first, second):
+        take(replica, FRAME_BLOCK + entry.raw)
+    assert lane_of(replica, first) is None
+    take(replica, FRAME_ACK + make_ack(2, first))
+    for entry in (first, second):
+        take(replica, FRAME_BLOCK + entry.raw)
+    assert lane_of(replica, first).head_seq == 2
+    assert acked(settle(replica)) == [(first.block.lane, 1)]
+
+
+def test_an_ack_brings_in_no_stranger() -> None:
+    """Who was never admitted has no lanes, whatever a lying voter acknowledges."""
+    replica, entry = make_replica(), make_block(author=5)
+    take(replica, FRAME_ACK + make_ack(2, entry))
+    take(replica, FRAME_BLOCK + entry.raw)
+    assert lane_of(replica, entry) is None
+
+
+@pytest.mark.parametrize("is_acked", [False, True])
+def test_at_the_end_of_a_writer_lanes_go_that_nobody_acknowledged(is_acked: bool) -> None:
+    """Nobody would begin to, so they would be told for ever; what a voter acknowledged stays, and ends by the spine."""
+    replica, entry = make_replica(), make_block(author=5)
+    replica.state.admitted[KEYS[5]] = node_id(0)
+    take(replica, FRAME_BLOCK + entry.raw)
+    if is_acked:
+        take(replica, FRAME_ACK + make_ack(2, entry))
+    dismissed(replica)
+    assert (lane_of(replica, entry) is not None) is is_acked
+    assert (replica.lanes.index.row(entry.block.lane) is not None) is is_acked
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -265,3 +333,38 @@ def test_what_is_known_already_changes_nothing() -> None:
     assert replica.counts == (1, 0)
     assert not replica.needs_commit
     assert lane_of(replica, entry).head == head_of(entry)
+
+
+def test_a_flood_of_small_operations_holds_up_nobody_else() -> None:
+    """An author that fills its window is slowed to its rate; others' blocks join at once, and its own all come in time."""
+    replica = make_replica()
+    replica.state.admitted[KEYS[5]] = node_id(0)
+    flood = make_chain(20, author=5, ops=(OP,) * 1024)
+    for entry in flood:
+        take(replica, FRAME_BLOCK + entry.raw)
+    at_once = lane_of(replica, flood[0]).head_seq
+    assert 1 <= at_once <= GUEST_BURST_COUNT // 1024
+    honest = make_block(author=2)
+    take(replica, FRAME_BLOCK + honest.raw)
+    assert lane_of(replica, honest).head_seq == 1
+    now_ns, seen = NOW_NS, [at_once]
+    while seen[-1] < 20:
+        now_ns += NS_PER_MS * 100
+        effects = replica.handle(Tick(), now_ns)
+        assert faults(effects) == []
+        seen.append(lane_of(replica, flood[0]).head_seq)
+    assert now_ns - NOW_NS > NS_PER_MS * 1_000, "slowed"
+    assert len(seen) < 60, "and not stopped"
+    assert max(after - before for before, after in pairwise(seen)) <= 2, "no burst again"
+
+
+def test_what_a_quorum_acknowledged_joins_above_the_rate() -> None:
+    """Others had room for it: to wait here would only keep us behind."""
+    replica = make_replica()
+    replica.state.admitted[KEYS[5]] = node_id(0)
+    flood = make_chain(20, author=5, ops=(OP,) * 1024)
+    for entry in flood:
+        take(replica, FRAME_BLOCK + entry.raw)
+    for voter in (1, 2, 3):
+        take(replica, FRAME_ACK + make_ack(voter, flood[-1]))
+    assert lane_of(replica, flood[0]).certified_seq == 20

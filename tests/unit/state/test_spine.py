@@ -88,6 +88,7 @@ def propose(
         "closes": (),
         "checkpoint": None,
         "handover": None,
+        "equivocations": (),
     }
     proposal = Proposal(view=view, parent=parent, height=height, **given | fields)
     leader = COMMITTEE.leader(view) if signer is None else signer
@@ -116,6 +117,11 @@ def own_proposal(effects: tuple[Effect, ...] | list[Effect]) -> Proposal:
 
 def certificate(entry: ProposalEntry, voters: tuple[int, ...] = (1, 2, 3)) -> bytes:
     return make_final(entry, votes_of(Kind.FINALIZE, entry.proposal.view, entry.hash, voters)).raw
+
+
+def final_frames(proposals: list[ProposalEntry], final: bytes) -> list[Frame]:
+    """As a peer sends final heights."""
+    return [*((Kind.PROPOSAL, entry.raw) for entry in proposals), (Kind.FINAL, final)]
 
 
 class Lab:
@@ -379,7 +385,7 @@ def test_one_proposal_of_a_view_is_notarized() -> None:
     assert promised(effects) == [Kind.NOTARIZE]
     (evidence,) = of(effects, VoterEvidence)
     assert (evidence.voter, evidence.view) == (1, 1)
-    assert {evidence.one, evidence.other} == {(Kind.PROPOSAL, one.raw), (Kind.PROPOSAL, other.raw)}
+    assert {evidence.one, evidence.other} == {(Kind.PROPOSAL, one.header.raw), (Kind.PROPOSAL, other.header.raw)}
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -491,8 +497,8 @@ def test_a_notarisation_is_left_behind_and_finalized() -> None:
     lab.give(one)
     effects = lab.give(*votes_of(Kind.NOTARIZE, 1, one.hash, (1, 2)))
     assert lab.spine.view == 2
-    assert lab.spine.notarised_view == 1
-    assert lab.spine.notarised_hash(1) == one.hash
+    assert lab.spine._book.top == 1
+    assert lab.spine._book.notarised(1) == one.hash
     journal = next(index for index, effect in enumerate(effects) if isinstance(effect, Journal))
     promise = next(index for index, effect in enumerate(effects) if isinstance(effect, Promise))
     assert journal < promise
@@ -522,7 +528,7 @@ def test_no_finalize_in_a_view_known_to_be_nullified() -> None:
     one = propose(1)
     effects = lab.give(one, bundle(votes_of(Kind.NOTARIZE, 1, one.hash)))
     assert lab.spine.view == 2
-    assert lab.spine.notarised_view == 1
+    assert lab.spine._book.top == 1
     assert promised(effects) == []
 
 
@@ -848,37 +854,36 @@ def test_a_final_chain_is_taken_as_one() -> None:
     other = Lab()
     chain = other.finalise(20)
     lab = Lab(voter=None)
-    lab.spine.take_final_chain([entry.raw for entry in chain[:3]], certificate(chain[2]), lab.now_ns)
+    lab.spine.take_frames(final_frames(chain[:3], certificate(chain[2])), lab.now_ns)
     lab.take()
     assert lab.spine.final_height == 3
-    lab.spine.take_final_chain([entry.raw for entry in chain[:-1]], certificate(chain[-1]), lab.now_ns)
+    lab.spine.take_frames(final_frames(chain[:-1], certificate(chain[-1])), lab.now_ns)
     lab.take()
     assert lab.spine.final_hash == other.spine.final_hash
     assert sum(len(final.proposals) for final in of(lab.said, Finalised)) == 20
     # Again, and nothing happens.
     lab.said.clear()
-    lab.spine.take_final_chain([entry.raw for entry in chain], certificate(chain[-1]), lab.now_ns)
+    lab.spine.take_frames(final_frames(chain, certificate(chain[-1])), lab.now_ns)
     assert lab.take() == ()
 
 
 def test_a_final_chain_that_does_not_hold_is_refused_whole() -> None:
     """A gap, a foreign head, too few votes: DecodeError, and nothing has changed."""
     chain = Lab().finalise(4)
-    raws = [entry.raw for entry in chain]
     lab = Lab()
     lab.poke()
     lab.take()
 
-    def take(proposals: list[bytes], final: bytes) -> None:
+    def take(proposals: list[ProposalEntry], final: bytes) -> None:
         with pytest.raises(DecodeError):
-            lab.spine.take_final_chain(proposals, final, lab.now_ns)
+            lab.spine.take_frames(final_frames(proposals, final), lab.now_ns)
         assert lab.spine.final_height == 0
         assert lab.spine._book.entries == {}
 
-    take([raws[0], raws[2]], certificate(chain[3]))
-    take([raws[1], raws[2]], certificate(chain[3]))
-    take(raws, certificate(chain[3], (1, 2)))
-    take([propose(1, parent=b"?" * 32).raw], certificate(chain[1]))
+    take([chain[0], chain[2]], certificate(chain[3]))
+    take([chain[1], chain[2]], certificate(chain[3]))
+    take(chain, certificate(chain[3], (1, 2)))
+    take([propose(1, parent=b"?" * 32)], certificate(chain[1]))
     lab.finalise(1)
     fork = propose(1, parent=lab.spine.final_hash, height=2)
     with pytest.raises(DecodeError, match="contradicts"):
@@ -1195,7 +1200,7 @@ def test_frames_since_bring_a_peer_to_where_we_are() -> None:
     frames = lab.spine.frames_since(view=1, height=0, size_max_bytes=10**6)
     peer.spine.take_frames(frames, peer.now_ns)
     peer.take()
-    assert (peer.spine.view, peer.spine.final_height, peer.spine.notarised_view) == (8, 5, 7)
+    assert (peer.spine.view, peer.spine.final_height, peer.spine._book.top) == (8, 5, 7)
     assert peer.spine.missing_voters() == (2, 3)
     # What it has it does not get again.
     again = lab.spine.frames_since(view=8, height=5, size_max_bytes=10**6)
@@ -1440,3 +1445,44 @@ def test_an_observer_follows_and_says_nothing() -> None:
 def test_extras_have_defaults() -> None:
     """A cut alone is the usual proposal."""
     assert Extras() == Extras((), None, None)
+
+
+# ── banned leaders ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_banned_leader_is_not_waited_for() -> None:
+    """Its view is nullified at once, and what it proposes gets no vote; the timer is as it was."""
+    lab = Lab()
+    lab.oracle.banned = {1}
+    assert promised(lab.poke()) == [Kind.NULLIFY]
+    assert promised(lab.give(propose(1))) == []
+    lab.give(bundle(votes_of(Kind.NULLIFY, 1, voters=(0, 2, 3))))
+    assert lab.spine.view == 2
+    assert lab.spine._timer_ms == TIMER_MS_MIN
+    assert promised(lab.give(propose(2))) == [Kind.NOTARIZE]
+
+
+def test_a_banned_leader_costs_nothing_while_nothing_is_wanted() -> None:
+    """No message of an idle network."""
+    lab = Lab(is_wanted=False)
+    lab.oracle.banned = {1}
+    assert promised(lab.poke()) == []
+
+
+def test_a_vote_given_before_the_ban_was_known_gets_its_time() -> None:
+    """Who has notarized waits for the timer as always; and votes of the banned still make certificates."""
+    lab = Lab()
+    lab.poke()
+    entry = propose(1)
+    assert promised(lab.give(entry)) == [Kind.NOTARIZE]
+    lab.oracle.banned = {1}
+    assert promised(lab.poke()) == []
+    effects = lab.give(*votes_of(Kind.NOTARIZE, 1, entry.hash, voters=(1, 2)))
+    assert promised(effects) == [Kind.FINALIZE]
+
+
+def test_a_banned_voter_proposes_nothing() -> None:
+    """It would be refused."""
+    lab = Lab()
+    lab.oracle.banned = {0}
+    assert Kind.PROPOSAL not in promised(lab.enter(4))
