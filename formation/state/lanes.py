@@ -727,6 +727,9 @@ class Lanes:
 
     def sign_own_acks(self) -> tuple[AckEntry, ...]:
         """Acks for all lanes that moved; they enter the commit that makes them true."""
+        if self._is_tail_full:
+            # What moved is kept in mind until the spine has made room: nothing else would bring it up again.
+            return ()
         heads = []
         for lane in (self._lanes[lane_id_] for lane_id_ in self._to_ack):
             seq = self._ackable_seq(lane)
