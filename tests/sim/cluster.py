@@ -59,6 +59,8 @@ from tests.sim.workload import NETWORK_ID, Workload, fake_sign, fake_verify, pub
 START_NS = 1_800_000_000_000 * NS_PER_MS
 SYNC_INTERVAL_MS = 1000.0
 SYNC_PAUSE_MS = 50.0
+# How often I8 is looked at while more is written than there is room for.
+LIMITS_INTERVAL_MS = 25
 GOSSIP_INTERVAL_MS = gossip.INTERVAL_S * 1000
 ANSWER_TIMEOUT_MS = 400.0
 # Rounds that found something missing which the peer did not have; then only a snapshot can help.
@@ -769,6 +771,8 @@ class Cluster:
             rng.choice(correct).is_slow = True
         if plan.burst_count:
             self.at(rng.uniform(100, gst_ms / 3), partial(self._burst, writers))
+            for at_ms in range(50, gst_ms, LIMITS_INTERVAL_MS):
+                self.at(at_ms, self._check_limits)
         if plan.stop_ms:
             self.at(rng.uniform(50, gst_ms / 3), partial(self._stop, rng.choice(correct)))
         if plan.eclipse:
@@ -821,6 +825,10 @@ class Cluster:
     def _rejoin(self, shut: list[tuple[str, str]]) -> None:
         for way in shut:
             self.cuts[way] = max(0, self.cuts.get(way, 0) - 1)
+
+    def _check_limits(self) -> None:
+        for node in self.correct():
+            self.checkers.check_limits(node)
 
     def _burst(self, writers: list[Node]) -> None:
         """More at once than there is room for."""
@@ -955,8 +963,7 @@ class Cluster:
             level_count = 0 if why else level_count + 1
             if self.now_ms > limit_ms and why:
                 breach("I7", why)
-            for node in self.correct():
-                self.checkers.check_limits(node)
+            self._check_limits()
             if level_count == 2:
                 break
             self.run_until(self.now_ms + step_ms)
@@ -976,6 +983,8 @@ class Cluster:
             own = replica.own_lane
             if own is not None and replica.state.may_write(node.key) and replica.final_seq(own) != replica.own_head_seq:
                 return f"{node.name}'s own lane is final up to {replica.final_seq(own)} of {replica.own_head_seq}"
+            if own is not None and replica.state.may_write(node.key) and not replica.has_room:
+                return f"{node.name} takes no writes though all is final"
             if node.commit is not None or replica.needs_commit:
                 return f"{node.name} is writing"
         if self.plan.committee and max(self.committees) < self.plan.committee.count("+") + 1:

@@ -38,6 +38,10 @@ WHAT_IT_IS_FOR: dict[str, tuple[str, ...]] = {
     "leases": ("runs", "claim.renewed"),
     "byzantine": ("faults",),
     "observers": ("node.admitted",),
+    "followers": ("gossip", "foreign"),
+    "eclipse-voter": ("eclipses", "forged answers", "heights missed"),
+    "eclipse-follower": ("eclipses", "forged answers", "heights missed"),
+    "back-pressure": ("refused",),
 }
 
 
