@@ -12,6 +12,7 @@ SCENARIOS = {
     "join": "bench.micro.state_join",
     "load": "bench.macro.state_load",
     "failover": "bench.macro.state_failover",
+    "spam": "bench.macro.state_spam",
     "idle": "bench.macro.idle",
     "create": "bench.macro.create",
 }

@@ -93,6 +93,7 @@ class StateReads:
             "checkpoint": self._checkpoint(now_ms),
             "disk_size_bytes": service.store_size_bytes,
             "clock_ahead_ms": status.clock_ahead_ms,
+            "dropped_frame_count": status.dropped_frame_count,
         }
 
     def _lane(self, lane: Lane, now_ms: int) -> dict[str, Any]:

@@ -305,7 +305,7 @@ _mutation(
         slow_share=0.2,
         op_count=40,
     ),
-    seeds=120,
+    seeds=300,
 )
 
 
