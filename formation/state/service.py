@@ -802,7 +802,9 @@ class StateService:
 
     async def _tick_loop(self) -> None:
         while True:
-            if not self._wakes:
+            while not self._wakes:
+                # Anew each time: it may be set by a wake that was due at once and is gone.
+                self._wake_changed = trio.Event()
                 await self._wake_changed.wait()
             self._wake_changed = trio.Event()
             left_s = max(0.0, (self._wakes[0] - self._clock.now_ns()) / NS_PER_S)
