@@ -10,8 +10,6 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from enum import Enum, auto
 
-import msgspec
-
 from formation.core.codec import encode
 from formation.core.ids import NodeId
 from formation.state import sync
@@ -75,12 +73,9 @@ def sync_round(replica: Replica, peer: NodeId, *, with_closed: bool) -> Round:
         )
     yield Push(_frames_they_lack(replica, rows, buckets))
     wanted = sync.plan_pull(replica.lanes.index, rows, is_doubtful=replica.lanes.is_doubtful)
-    # Of a forked lane a frontier names what is certified only; the acks that prove it may stand on blocks beyond.
-    own = {r.lane: r for r in replica.lanes.uncertified_ranges(with_closed=with_closed)}
-    wider = [
-        msgspec.structs.replace(r, last_seq=max(r.last_seq, own.pop(r.lane).last_seq)) if r.lane in own else r for r in wanted
-    ]
-    ranges = (*wider, *own.values())[: sync.PULL_RANGE_COUNT_MAX]
+    own = replica.lanes.uncertified_ranges(with_closed=with_closed)
+    named = {r.lane for r in wanted}
+    ranges = (*wanted, *(r for r in own if r.lane not in named))[: sync.PULL_RANGE_COUNT_MAX]
     for _ in range(PULL_COUNT_MAX):
         if not ranges:
             break
