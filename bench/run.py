@@ -13,6 +13,7 @@ SCENARIOS = {
     "cells": "bench.micro.cells",
     "load": "bench.macro.state_load",
     "failover": "bench.macro.state_failover",
+    "spam": "bench.macro.state_spam",
     "idle": "bench.macro.idle",
     "create": "bench.macro.create",
 }

@@ -464,7 +464,7 @@ def formation_network(*, voter_count: int = 4, key_count: int = 0, claim_count: 
             for node in local.nodes:
                 local.start(node)
             local.wait_until_meshed()
-            _await_doors(network)
+            await_doors(network)
             network.make_accounts(max(-(-key_count // KEYS_PER_ACCOUNT), -(-claim_count // NAMES_PER_ACCOUNT)))
             yield network
         except FormationError as exc:
@@ -475,7 +475,12 @@ def formation_network(*, voter_count: int = 4, key_count: int = 0, claim_count: 
             local.close()
 
 
-def _await_doors(network: FormationNetwork) -> None:
+def await_doors(network: FormationNetwork) -> None:
+    """Wait until each voter that runs listens for programs.
+
+    Raises:
+      CannotMeasureError: one does not.
+    """
     deadline = time.monotonic() + START_TIMEOUT_S
     while missing := [target for target in network.targets() if not Path(target).is_socket()]:
         if time.monotonic() > deadline:

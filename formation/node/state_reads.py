@@ -94,6 +94,7 @@ class StateReads:
             "checkpoint": self._checkpoint(now_ms),
             "disk_size_bytes": service.store_size_bytes,
             "clock_ahead_ms": status.clock_ahead_ms,
+            "dropped_frame_count": status.dropped_frame_count,
         }
 
     def _banned(self) -> list[dict[str, Any]]:

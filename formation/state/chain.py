@@ -308,16 +308,17 @@ class Lane:
         """The blocks above the certified one, up to the highest that a quorum's acks stand on; and that quorum."""
         known = {e.hash: e for e in (*self.chain.values(), *self.waiting.values())} | self.side
         best: tuple[tuple[Entry, ...], Mapping[int, bytes]] = ((), {})
+        backers: dict[Hash, dict[int, bytes]] = {}
+        """Block → voters whose acks are at it or behind it, on whatever branch: forks share what is below them."""
         tips = {head.hash for head in self.tally.heads if head is not None} | {hash_ for _, hash_ in self.tally.extra}
         for tip in sorted(tips):
             path = self._path(known, tip)
-            # Whose newest acks are at this block or behind it on the path.
-            voters: dict[int, bytes] = {}
-            for index in range(len(path) - 1, -1, -1):
-                voters.update(self.tally.voters_of(path[index].block.seq, path[index].hash))
-                if self.tally.has_quorum(len(voters)):
-                    best = max(best, (path[: index + 1], voters), key=lambda found: len(found[0]))
-                    break
+            voters = dict(self.tally.voters_of(path[-1].block.seq, path[-1].hash)) if path else {}
+            for index, entry in enumerate(path):
+                behind = backers.setdefault(entry.hash, {})
+                behind.update(voters)
+                if index >= len(best[0]) and self.tally.has_quorum(len(behind)):
+                    best = path[: index + 1], behind
         return best
 
     def _path(self, known: dict[Hash, Entry], tip: bytes) -> tuple[Entry, ...]:

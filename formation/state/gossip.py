@@ -1,22 +1,30 @@
 """What observers follow: our own blocks, acks and evidence, coalesced per topic at a bounded rate. Pure.
 
-Gossip is a convenience. It may be lost, late or switched off, and everything still converges by sync.
+Gossip is a convenience. It may be lost, late or switched off, and everything still converges by sync. Who hears by it and
+who is sent frames directly, what is taken from whom, and when there is anything to publish is decided here; the service
+and the simulator (tests/sim) carry it out alike.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from formation.core.codec import decode, encode
 from formation.core.errors import DecodeError
 from formation.core.event import Topic
-from formation.core.ids import NetworkId
+from formation.core.ids import NetworkId, NodeId, node_id_of
+from formation.state.fold import State
 
 # One message; p2p's own limit is 512 KiB.
 MESSAGE_SIZE_MAX_BYTES = 480 * 1024
 # Frames that wait for the next message of a topic; the oldest go first, sync brings them.
 OUTBOX_SIZE_MAX_BYTES = 2 * 1024 * 1024
 MESSAGE_FRAME_COUNT_MAX = 1024
+# Links of a voter to nodes that write and do not vote: a few times a committee. Others send through sync and gossip.
+LINKED_COUNT_MAX = 128
+# Observers see what is new within this time, and one message a topic carries all of it.
+INTERVAL_S = 0.05
 TOPIC_ACK = "ack"
 TOPIC_SPINE = "spine"
 TOPIC_EVIDENCE = "evidence"
@@ -43,6 +51,34 @@ def unpack_frames(data: bytes) -> tuple[bytes, ...]:
     if len(frames) > MESSAGE_FRAME_COUNT_MAX:
         raise DecodeError("gossip message: too many frames")
     return frames
+
+
+def linked_nodes(state: State, public_key: bytes) -> frozenset[NodeId]:
+    """Those with whom this node exchanges frames directly: the voters, and, if it votes, nodes that were admitted."""
+    voters = state.committee.committee.node_ids
+    own = node_id_of(public_key)
+    linked: set[NodeId] = set()
+    if own in voters:
+        linked.update(voters, map(node_id_of, sorted(state.admitted)[:LINKED_COUNT_MAX]))
+    elif public_key in state.admitted:
+        linked.update(voters)
+    return frozenset(linked - {own})
+
+
+def has_followers(connected: Iterable[NodeId], *, voters: Iterable[NodeId]) -> bool:
+    """Whether anybody is there for whom publishing is worth it: a network of voters alone sends no gossip."""
+    return not frozenset(connected) <= frozenset(voters)
+
+
+def take_message(author: NodeId, data: bytes, *, voters: Iterable[NodeId]) -> tuple[bytes, ...] | None:
+    """The frames to look at in a message whose author is proven; None: it is ignored, its author does not vote here.
+
+    Frames are as hostile as those of any peer, and count against the author's rate (`limits.PeerLimits`).
+
+    Raises:
+      DecodeError: a voter sent what is no message; it is not passed on.
+    """
+    return unpack_frames(data) if author in voters else None
 
 
 class Outbox:

@@ -291,13 +291,15 @@ class Lanes:
         return tuple(found)
 
     def frames_for(self, lane: LaneId, *, seq: int, certified_seq: int) -> tuple[bytes, ...]:
-        """Frames that a peer at this head and certificate lacks, as far as they are in memory: blocks, acks."""
+        """Frames that a peer at this head and certificate lacks, as far as they are in memory: evidence, blocks, acks."""
         known = self._lanes.get(lane)
         if known is None:
             return ()
         tail = tuple(FRAME_BLOCK + known.tail[s].raw for s in range(max(seq, known.final_seq) + 1, known.certified_seq + 1))
         chain = tuple(FRAME_BLOCK + known.chain[s].raw for s in sorted(known.chain) if s > seq)
-        return tail + chain + tuple(FRAME_ACK + raw for raw in self.acks_above(lane, certified_seq))
+        convicts = self.evidence_raw.get(lane, b"")
+        evidence = (FRAME_EVIDENCE + convicts,) if 0 < len(convicts) <= EVIDENCE_FRAME_SIZE_MAX_BYTES else ()
+        return evidence + tail + chain + tuple(FRAME_ACK + raw for raw in self.acks_above(lane, certified_seq))
 
     def signers(self, lane: LaneId, seq: int) -> tuple[int, ...]:
         """Voters of this epoch known to have acknowledged the lane's block of this number, on our chain."""
@@ -838,6 +840,9 @@ class Lanes:
 
     def sign_own_acks(self) -> tuple[AckEntry, ...]:
         """Acks for all lanes that moved; they enter the commit that makes them true."""
+        if self._is_tail_full:
+            # What moved is kept in mind until the spine has made room: nothing else would bring it up again.
+            return ()
         heads = []
         for lane in (self._lanes[lane_id_] for lane_id_ in self._to_ack):
             seq = self._ackable_seq(lane)

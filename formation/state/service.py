@@ -41,7 +41,7 @@ from formation.core.manifest import Manifest
 from formation.core.spec import VmSpec, check_vm_spec
 from formation.p2p.service import P2pService
 from formation.p2p.transport import TaskStatus, Verdict
-from formation.state import sync
+from formation.state import gossip, sync
 from formation.state.accounts import Actor
 from formation.state.claims import stop_after_ms
 from formation.state.committee import Committee
@@ -70,7 +70,7 @@ from formation.state.effects import (
 )
 from formation.state.feed import Change, Feed, Gap, Level, Row
 from formation.state.fold import NO_SUCH_OBJECT
-from formation.state.gossip import TOPICS, Outbox, topic_name, unpack_frames
+from formation.state.gossip import TOPICS, Outbox, topic_name
 from formation.state.joining import Snapshot
 from formation.state.judge import account_of, check_event, judge_intent, object_id_of
 from formation.state.lane import BLOCK_OP_COUNT_MAX, LANE_ID_SIZE_BYTES, Entry, LaneId
@@ -94,10 +94,6 @@ COMMIT_INTERVAL_S = 0.002
 STAGE_COUNT = 32
 # Changes handed to a reader at once; between two such pieces other tasks run.
 CHANGE_COUNT_MAX = 256
-# Observers see what is new within this time, and one message a topic carries all of it.
-GOSSIP_INTERVAL_S = 0.05
-# Links of a voter to nodes that write and do not vote: a few times a committee. Others send through sync and gossip.
-LINKED_COUNT_MAX = 128
 # How far this machine's clock may differ from any correct voter's, for leases by wall clock: what NTP keeps by far.
 CLOCK_SKEW_MS = 500
 
@@ -773,18 +769,13 @@ class StateService:
         if at == self._linked_epoch:
             return
         self._linked_epoch = at
-        voters = set(state.committee.committee.node_ids)
-        is_voter = self._node_id in voters
-        linked = set(voters) if is_voter or self._key.public_key in state.admitted else set()
-        if is_voter:
-            linked.update(map(node_id_of, sorted(state.admitted)[:LINKED_COUNT_MAX]))
-        linked.discard(self._node_id)
+        linked = gossip.linked_nodes(state, self._key.public_key)
         self._others = tuple(sorted(linked))
         for seat in state.committee.seats:
             node_id = node_id_of(seat.public_key)
             if node_id != self._node_id:
                 self._p2p.add_known_peer(node_id, seat.addresses)
-        self._p2p.set_linked(frozenset(linked))
+        self._p2p.set_linked(linked)
 
     async def _commit_loop(self) -> None:
         """The store's one user for writing: what gathered while a commit ran goes into the next."""
@@ -854,7 +845,9 @@ class StateService:
 
     async def _tick_loop(self) -> None:
         while True:
-            if not self._wakes:
+            while not self._wakes:
+                # Anew each time: it may be set by a wake that was due at once and is gone.
+                self._wake_changed = trio.Event()
                 await self._wake_changed.wait()
             self._wake_changed = trio.Event()
             left_s = max(0.0, (self._wakes[0] - self._clock.now_ns()) / NS_PER_S)
@@ -887,10 +880,10 @@ class StateService:
         while True:
             await self._gossip_wanted.wait()
             self._gossip_wanted = trio.Event()
-            await trio.sleep(GOSSIP_INTERVAL_S)
+            await trio.sleep(gossip.INTERVAL_S)
             messages = self._outbox.take_messages()
-            voters = frozenset(self.replica.state.committee.committee.node_ids)
-            if not messages or all(peer.node_id in voters for peer in self._p2p.peers() if peer.connected):
+            connected = [peer.node_id for peer in self._p2p.peers() if peer.connected]
+            if not messages or not gossip.has_followers(connected, voters=self._voters):
                 continue
             for topic, message in messages:
                 try:
@@ -899,19 +892,20 @@ class StateService:
                     _logger.debug("state.gossip_failed", topic=topic, error=str(exc))
 
     def _validate_gossip(self, author: NodeId, data: bytes) -> Verdict:
-        if author not in self.replica.state.committee.committee.node_ids:
-            return Verdict.IGNORE
         try:
-            unpack_frames(data)
+            frames = gossip.take_message(author, data, voters=self._voters)
         except DecodeError:
             return Verdict.REJECT
-        return Verdict.ACCEPT
+        return Verdict.IGNORE if frames is None else Verdict.ACCEPT
 
     def _deliver_gossip(self, author: NodeId, data: bytes) -> None:
-        if self._is_ready:
-            for frame in unpack_frames(data):
-                if self._limits.admits(author, size_bytes=len(frame), now_ns=self._clock.now_ns()):
-                    self._handle(FrameReceived(author, frame))
+        for frame in gossip.take_message(author, data, voters=self._voters) or ():
+            if self._is_ready and self._limits.admits(author, size_bytes=len(frame), now_ns=self._clock.now_ns()):
+                self._handle(FrameReceived(author, frame))
+
+    @property
+    def _voters(self) -> tuple[NodeId, ...]:
+        return self.replica.state.committee.committee.node_ids
 
 
 def _lane_of(token: Token) -> LaneId:

@@ -323,13 +323,17 @@ def plan_pull(
 def lanes_they_lack(
     index: FrontierIndex, rows: Sequence[FrontierRow], *, buckets: bytes
 ) -> tuple[tuple[LaneId, int, int], ...]:
-    """(lane, their head, their certified number) where a peer that answered so for these buckets is behind us."""
+    """(lane, their head, their certified number) where a peer that answered so for these buckets is behind us.
+
+    Also where only we know that the lane is forked: nobody asks a node that does not vote for its evidence.
+    """
     theirs = {row.lane: row for row in rows}
     behind = []
     for ours in index.rows(buckets):
         row = theirs.get(ours.lane)
         seq, certified_seq = (0, 0) if row is None else (row.seq, row.certified_seq)
-        if ours.seq > seq or ours.certified_seq > certified_seq:
+        convicts = ours.is_frozen and (row is None or not row.is_frozen)
+        if convicts or ours.seq > seq or ours.certified_seq > certified_seq:
             behind.append((LaneId(ours.lane), seq, certified_seq))
     # A cut-off answer says nothing of the lanes that it leaves out.
     return tuple(behind) if len(rows) < FRONTIER_ROW_COUNT_MAX else ()

@@ -14,19 +14,30 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from formation.core.clock import NS_PER_MS, hlc_at
-from formation.core.codec import encode
+from formation.core.codec import encode, sha256
 from formation.core.errors import DecodeError
 from formation.core.event import ValuePut
-from formation.core.ids import NetworkId, NodeId
-from formation.state import sync
+from formation.core.ids import NetworkId, NodeId, node_id_of
+from formation.state import gossip, sync
 from formation.state.ack import Ack, sign_ack
 from formation.state.effects import Tick
 from formation.state.equivocation import make_equivocation
+from formation.state.final_chain import FinalChain
 from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EQUIVOCATION, FRAME_FREEZE
 from formation.state.lane import NO_HASH, Block, Head, LaneId, SpineRef, lane_id, make_incarnation, parse_block, sign_block
 from formation.state.membership import Freeze, parse_freeze, sign_freeze
 from formation.state.op import PlainOp, delegated_op
-from formation.state.spine_values import CheckpointRef, Kind, Proposal, Vote, parse_proposal, sign_proposal, sign_vote
+from formation.state.spine_values import (
+    CheckpointRef,
+    Kind,
+    Proposal,
+    Vote,
+    make_final,
+    parse_final,
+    parse_proposal,
+    sign_proposal,
+    sign_vote,
+)
 from tests.sim.workload import NETWORK_ID, fake_sign
 
 if TYPE_CHECKING:
@@ -36,6 +47,7 @@ OTHER_NETWORK = NetworkId(b"m" * 32)
 ACT_INTERVAL_MS = 120.0
 # A hundred times what an honest node sends in that time.
 FLOOD_COUNT = 100
+GROUND_COUNT = 8
 
 
 class Liar:
@@ -53,6 +65,7 @@ class Liar:
         self._side: tuple[LaneId, int, bytes, int] | None = None
         """(lane, number, hash, hlc) of a lane that the replica inside knows nothing of."""
         self._ack_n = 1_000_000
+        self._forge_share = cluster.rng.choice((0.6, 1.0))
         self._seen: list[bytes] = []
         """Frames of others, to be said again."""
 
@@ -72,7 +85,7 @@ class Liar:
             if other.key != self._node.key:
                 self._cluster.transmit(self._node, other, frame)
 
-    def send(self, to: NodeId | None, frame: bytes) -> None:
+    def send(self, to: NodeId | None, frame: bytes, topic: str) -> None:
         """What the replica inside wants to send."""
         kind = frame[:1]
         if to is None:
@@ -86,7 +99,7 @@ class Liar:
             if kind[0] == Kind.PROPOSAL and self._bend_proposal(frame):
                 return
         self._cluster.checkers.on_send(self._node, frame)
-        self._cluster.spread(self._node, to, frame)
+        self._cluster.spread(self._node, to, frame, topic)
 
     def on_frame(self, sender: Node, frame: bytes) -> None:
         """What arrives, before the replica inside sees it."""
@@ -107,7 +120,7 @@ class Liar:
 
     def install(self) -> None:
         """Put our deeds on the calendar."""
-        names = ("bad-deps", "bad-clock", "garbage", "bad-intents", "foreign", "ack-wrong", "ban-lies")
+        names = ("bad-deps", "bad-clock", "garbage", "bad-intents", "foreign", "ack-wrong", "ban-lies", "gossip-lies", "ground")
         acts = [name for name in names if name in self._does]
         at_ms = self._rng.uniform(50, 200)
         while acts and at_ms < self._cluster.plan.gst_ms + 600:
@@ -152,6 +165,11 @@ class Liar:
         if self._side is None or self._rng.random() < 0.2:
             lane = lane_id(self._node.key, make_incarnation(now_hlc, self._rng.getrandbits(16)))
             self._side = (lane, 0, NO_HASH, now_hlc)
+        return self._next_side_block(**fields)
+
+    def _next_side_block(self, **fields: Any) -> bytes:
+        assert self._side is not None
+        now_hlc = int(hlc_at(self._cluster.now_ns))
         lane, seq, prev, hlc = self._side
         honest: dict[str, Any] = {
             "lane": lane,
@@ -280,13 +298,95 @@ class Liar:
             raw = sign_proposal(self._sign, proposal, network_id=NETWORK_ID).raw
             self._emit(bytes((Kind.PROPOSAL,)) + raw, target)
 
+    def _ground(self) -> None:
+        """Lanes whose ids were ground until they all fall into one bucket of the frontier."""
+        now_hlc = int(hlc_at(self._cluster.now_ns))
+        found = 0
+        for bits in range(1 << 16):
+            lane = lane_id(self._node.key, make_incarnation(now_hlc + found, bits))
+            if sync.bucket_of(lane) == 0:
+                self._side = (lane, 0, NO_HASH, now_hlc)
+                self._emit(self._next_side_block(), self._some())
+                self._cluster.counts.add("ground lanes")
+                found += 1
+            if found == GROUND_COUNT:
+                break
+
+    def _gossip_lies(self) -> None:
+        """Forged, foreign, old and unreadable gossip: in our own name, for another's cannot be used, and as a stranger."""
+        cluster, rng = self._cluster, self._rng
+        followers = [node for node in cluster.correct() if node.key not in cluster.committees[0].index_of and node.is_up]
+        if not followers:
+            return
+        topic = rng.choice(gossip.TOPICS)
+        kinds = [self._forged_frames, self._foreign_frames]
+        frames = rng.choice(kinds)(rng.choice(followers))
+        cluster.inject_gossip(self._node.node_id, self._node, rng.choice(followers), gossip.pack_frames(tuple(frames)))
+        message = gossip.pack_frames(tuple(rng.sample(self._seen, min(8, len(self._seen)))))
+        cluster.publish(self._node.node_id, self._node, topic, message)
+        cluster.publish(node_id_of(rng.randbytes(32)), self._node, topic, message)
+        cluster.publish(self._node.node_id, self._node, topic, message[: rng.randrange(len(message))])
+        too_many = gossip.pack_frames((b"",) * (gossip.MESSAGE_FRAME_COUNT_MAX + 1))
+        cluster.publish(self._node.node_id, self._node, topic, too_many)
+        cluster.publish(self._node.node_id, self._node, topic, gossip.pack_frames((b"", b"\x00", b"\x63abc", bytes(3))))
+
+    # ── what never was ──
+
+    def _forged_final(self, node: Node) -> bytes:
+        """Frame of a final certificate above what the node has, signed by us in everybody's name."""
+        spine, state = node.replica.spine, node.replica.state
+        committee = self._cluster.committees[spine.epoch]
+        cut = tuple(sorted((lane.head for lane in self._node.replica.lanes if lane.head_seq), key=_lane))
+        proposal = Proposal(
+            epoch=spine.epoch,
+            view=spine.view + self._rng.randint(0, 3),
+            height=spine.final_height + 1,
+            parent=state.hash,
+            time_ms=max(state.time_ms + 1, self._cluster.now_ns // NS_PER_MS),
+            cut=cut[:4],
+            closes=(),
+            equivocations=(),
+            checkpoint=None,
+            handover=None,
+        )
+        entry = sign_proposal(self._sign, proposal, network_id=NETWORK_ID)
+        votes = [
+            sign_vote(self._sign, Kind.FINALIZE, Vote(proposal.epoch, proposal.view, voter, entry.hash), network_id=NETWORK_ID)
+            for voter in range(committee.quorum_size)
+        ]
+        return bytes((Kind.FINAL,)) + make_final(entry, votes).raw
+
+    def _forged_acks(self, node: Node) -> list[bytes]:
+        """Acks of all voters, by our own key, for what nobody else has acknowledged."""
+        epoch = node.replica.spine.epoch
+        lanes = [lane for lane in self._node.replica.lanes if lane.head_seq > lane.certified_seq]
+        heads = [lane.head for lane in lanes[:3]] or [Head(lane_id(self._node.key, self._rng.randbytes(10)), 1, bytes(32))]
+        own = self._node.committee_index(epoch)
+        return [
+            sign_ack(self._sign, Ack(epoch=epoch, voter=voter, n=50_000, heads=(head,)), network_id=NETWORK_ID).raw
+            for voter in range(len(self._cluster.committees[epoch].voters))
+            for head in heads
+            if voter != own
+        ]
+
+    def _forged_frames(self, node: Node) -> list[bytes]:
+        return [self._forged_final(node), *(FRAME_ACK + raw for raw in self._forged_acks(node))]
+
+    def _foreign_frames(self, node: Node) -> list[bytes]:
+        return self._frames_of_another_network(node, self._rng.choice(self._cluster.correct()))
+
     def _foreign(self) -> None:
         """I11: what was signed for another network, or long ago, has no effect."""
         nodes = [node for node in self._cluster.correct() if node.is_up and not node.is_paused]
         if not nodes:
             return
         node = self._rng.choice(nodes)
-        other = self._rng.choice(nodes)
+        frames = self._frames_of_another_network(node, self._rng.choice(nodes))
+        self._cluster.handle(node, Tick())
+        self._cluster.inject(self._node, node, self._rng.choice(frames))
+
+    def _frames_of_another_network(self, node: Node, other: Node) -> list[bytes]:
+        """What the other node would have signed, had it been in another network, or in another epoch."""
         sign = fake_sign(other.key)
         epoch = node.replica.spine.epoch
         index = other.committee_index(epoch)
@@ -317,8 +417,7 @@ class Liar:
                 frames.append(bytes((kind,)) + sign_vote(sign, kind, vote, network_id=OTHER_NETWORK).raw)
             freeze = Freeze(epoch=epoch, voter=index, decided_height=1, heads=())
             frames.append(FRAME_FREEZE + sign_freeze(sign, freeze, network_id=OTHER_NETWORK).raw)
-        self._cluster.handle(node, Tick())
-        self._cluster.inject(self._node, node, self._rng.choice(frames))
+        return frames
 
     # ── voters ──
 
@@ -475,9 +574,12 @@ class Liar:
 
     # ── servers ──
 
-    def answer(self, request: sync.Request, packed: bytes) -> bytes:
+    def answer(self, asker: Node, request: sync.Request, packed: bytes) -> bytes:
         """What we answer in place of the right answer."""
         rng = self._rng
+        is_tame = self._cluster.is_stable and not self._is_alone(asker)
+        if "sync-forge" in self._does and rng.random() < (0.1 if is_tame else self._forge_share):
+            return self._forged(asker, request, packed)
         if "sync-lies" not in self._does or rng.random() < (0.9 if self._cluster.is_stable else 0.4):
             return packed
         answer = sync.decode_answer(packed, sync.ANSWER_OF[type(request)])
@@ -510,6 +612,37 @@ class Liar:
                 )
             case sync.PiecesPulled(chunk):
                 return encode(sync.PiecesPulled(chunk[:-1] if rng.random() < 0.5 else rng.randbytes(len(chunk))))
+
+    def _is_alone(self, asker: Node) -> bool:
+        return self._cluster.eclipsed is asker and self._cluster.is_eclipsing
+
+    def _forged(self, asker: Node, request: sync.Request, packed: bytes) -> bytes:
+        """A whole history that never was, as far as one key can make it."""
+        self._cluster.counts.add("forged answers")
+        match sync.decode_answer(packed, sync.ANSWER_OF[type(request)]):
+            case sync.Buckets(fingerprints, epoch, view, height):
+                return encode(sync.Buckets(fingerprints or self._rng.randbytes(2048), epoch, view + 5, height + 5))
+            case sync.SpinePulled(frames, _):
+                return encode(sync.SpinePulled((self._forged_final(asker), *frames[:3]), self._rng.random() < 0.3))
+            case sync.Pulled(blocks, _, _):
+                return encode(sync.Pulled(blocks, tuple(self._forged_acks(asker)), ()))
+            case sync.SnapshotOffer(links, _, head):
+                final = self._forged_final(asker)[1:]
+                root = CheckpointRef(asker.replica.state.height + 1, sha256(head))
+                proposal = msgspec.structs.replace(parse_final(final).proposal.proposal, checkpoint=root)
+                entry = sign_proposal(self._sign, proposal, network_id=NETWORK_ID)
+                votes = [
+                    sign_vote(
+                        self._sign,
+                        Kind.FINALIZE,
+                        Vote(proposal.epoch, proposal.view, voter, entry.hash),
+                        network_id=NETWORK_ID,
+                    )
+                    for voter in range(self._cluster.committees[proposal.epoch].quorum_size)
+                ]
+                proof = encode(FinalChain((), make_final(entry, votes).raw))
+                return encode(sync.SnapshotOffer(links, proof, head))
+        return packed
 
 
 def _lane(head: Head) -> bytes:

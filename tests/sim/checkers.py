@@ -40,6 +40,7 @@ from formation.core.event import (
     Writer,
 )
 from formation.core.ids import public_key_of_account, public_key_of_node
+from formation.state import lanes as lanes_module
 from formation.state.ack import parse_ack
 from formation.state.chain import CATCH_UP_COUNT_MAX, SIDE_COUNT_MAX, WINDOW_COUNT_MAX
 from formation.state.checkpoint import StateTree
@@ -393,6 +394,14 @@ class Checkers:
             if seq > (0 if ended is None else ended.seq) and not mirror.is_closed(LaneId(lane)):
                 breach("I5", f"the handover does not cover block {seq}, which was certified")
 
+    def uncovered(self) -> str:
+        """A certified block that is neither final nor in a lane that is closed; empty: there is none."""
+        for lane, seq in self.certified:
+            ended = self._mirror.lanes.get(LaneId(lane))
+            if seq > (0 if ended is None else ended.seq) and not self._mirror.is_closed(LaneId(lane)):
+                return f"block {seq} of {lane.hex()[:8]}"
+        return ""
+
     def root(self) -> bytes:
         """State root of the highest height, by folding everything from the genesis on."""
         return self._tree.root()
@@ -461,6 +470,10 @@ class Checkers:
                 breach("I8", f"a lane holds {len(lane.waiting)} + {len(lane.chain)} + {len(lane.side)} blocks")
             if len(lane.waiting) > 2 * WINDOW_COUNT_MAX and not self._cluster.is_stable:
                 breach("I8", f"{len(lane.waiting)} blocks wait in one lane")
+        # What others certified while their tails had room may come on top: a window of each lane.
+        tail_count_max = lanes_module.TAIL_COUNT_MAX + WINDOW_COUNT_MAX * len(lanes)
+        if lanes.tail_count > tail_count_max:
+            breach("I8", f"{lanes.tail_count} certified blocks wait for the spine, the limit is {tail_count_max}")
         if any(len(orphans) > ORPHAN_ACK_COUNT_MAX for orphans in lanes._orphans.values()):
             breach("I8", "too many orphan acks")
         if len(lanes._trusted) > 5_000:

@@ -21,7 +21,8 @@ from formation.core.codec import encode, sha256
 from formation.core.errors import DecodeError, HostError
 from formation.core.event import Seat
 from formation.core.ids import NodeId, node_id_of
-from formation.state import checkpoint, spine_book, sync
+from formation.state import checkpoint, gossip, spine_book, sync
+from formation.state import lanes as lanes_module
 from formation.state import replica as replica_module
 from formation.state.catchup import Outcome, Push, Round, answer_from_memory, answer_from_store, gather, sync_round
 from formation.state.committee import Committee
@@ -49,6 +50,7 @@ from formation.state.effects import (
 )
 from formation.state.joining import Snapshot, join
 from formation.state.lane import LaneId
+from formation.state.limits import PeerLimits
 from formation.state.op import PlainOp
 from formation.state.replica import RecordKindOf, Replica, ReplicaConfig
 from formation.state.store import MemoryDisk, MemoryStore, Record
@@ -60,6 +62,9 @@ from tests.sim.workload import NETWORK_ID, Workload, fake_sign, fake_verify, pub
 START_NS = 1_800_000_000_000 * NS_PER_MS
 SYNC_INTERVAL_MS = 1000.0
 SYNC_PAUSE_MS = 50.0
+# How often I8 is looked at while more is written than there is room for.
+LIMITS_INTERVAL_MS = 25
+GOSSIP_INTERVAL_MS = gossip.INTERVAL_S * 1000
 ANSWER_TIMEOUT_MS = 400.0
 # Rounds that found something missing which the peer did not have; then only a snapshot can help.
 STUCK_COUNT_MAX = 3
@@ -100,6 +105,13 @@ class Node:
     life: int = 0
     held: list[Callable[[], None]] = field(default_factory=list)
     """What came while it was paused."""
+    outbox: gossip.Outbox = field(default_factory=gossip.Outbox)
+    is_gossip_due: bool = False
+    limits: PeerLimits = field(default_factory=PeerLimits)
+    is_slow: bool = False
+    """Its disk takes as long as the plan's `slow_disk_ms` for a commit."""
+    refused_count: int = 0
+    """Writes that it did not take, for it had no room."""
     commit: Commit | None = None
     stage: Stage | None = None
     """The newest."""
@@ -149,6 +161,9 @@ class Cluster:
         self._order = 0
         self.cuts: dict[tuple[str, str], int] = {}
         """(from, to) → how many partitions hold this way shut."""
+        self.eclipsed: Node | None = None
+        self.eclipse_peers: set[str] = set()
+        """Names of those that alone reach the eclipsed node."""
         keys = [public_key(f"node{i}") for i in range(plan.voter_count + plan.observer_count)]
         self.seats = tuple(Seat(f"n{i}", key, ("/ip4/127.0.0.1/tcp/1",)) for i, key in enumerate(keys[: plan.voter_count]))
         founders = Committee(0, tuple(keys[: plan.voter_count]))
@@ -234,6 +249,7 @@ class Cluster:
         node.commit, node.round, node.wake_at_ns, node.held = None, None, None, []
         node.stuck_count = node.sync_due_ns = 0
         node.sent_leases.clear()
+        node.outbox, node.is_gossip_due, node.limits = gossip.Outbox(), False, PeerLimits()
         records = list(node.disk.journal)
         self._note_written(node, records)
         if node.is_correct:
@@ -285,8 +301,8 @@ class Cluster:
             if node.life != life or not node.is_up:
                 return
             match effect:
-                case Send(frame, _):
-                    self.send(node, None, frame)
+                case Send(frame, kind):
+                    self.send(node, None, frame, kind)
                 case SendTo(node_id, frames):
                     for frame in frames:
                         self.send(node, node_id, frame)
@@ -356,7 +372,11 @@ class Cluster:
 
     def submit(self, node: Node, kind_and_op: tuple[str, PlainOp] | None = None, mix: str = "") -> None:
         """A user's write at this node, if it takes writes now."""
-        if not node.is_up or node.is_paused or node.replica.own_lane is None or not node.replica.has_room:
+        if not node.is_up or node.is_paused or node.replica.own_lane is None:
+            return
+        if not node.replica.has_room:
+            node.refused_count += 1
+            self.counts.add("refused")
             return
         kind, op = kind_and_op or self.workload.make(node, mix or self.plan.mix)
         if node.is_correct:
@@ -414,6 +434,8 @@ class Cluster:
             self.crash(node)
             return
         delay_ms = self.rng.uniform(0.1, 1.0 if self.is_stable else self.plan.disk_ms_max)
+        if node.is_slow and not self.is_stable:
+            delay_ms = self.plan.slow_disk_ms
         self.after(delay_ms, partial(self._sync_disk, node, node.life))
         if node.is_correct and not self.is_stable and self.rng.random() < self.plan.crash_at_commit:
             # Before the disk is done, or after; or with the disk done and nothing told.
@@ -459,6 +481,9 @@ class Cluster:
 
     def is_cut(self, sender: Node, receiver: Node) -> bool:
         """Whether nothing gets through in this direction."""
+        for victim, other in ((sender, receiver), (receiver, sender)):
+            if victim is self.eclipsed and other.name not in self.eclipse_peers:
+                return True
         if self.cuts.get((sender.name, receiver.name)):
             return True
         if not self.is_stable:
@@ -467,19 +492,80 @@ class Cluster:
                     return True
         return False
 
-    def send(self, node: Node, to: NodeId | None, frame: bytes) -> None:
+    def send(self, node: Node, to: NodeId | None, frame: bytes, kind: str = "") -> None:
         """A frame for one node, or for all others."""
         if node.liar is not None:
-            node.liar.send(to, frame)
+            node.liar.send(to, frame, kind)
             return
         self.checkers.on_send(node, frame)
-        self.spread(node, to, frame)
+        self.spread(node, to, frame, kind)
 
-    def spread(self, node: Node, to: NodeId | None, frame: bytes) -> None:
-        """Put a frame on the wire."""
+    def spread(self, node: Node, to: NodeId | None, frame: bytes, kind: str = "") -> None:
+        """Put a frame on the wire: to one node, or to all that are linked, and by gossip to those that follow."""
+        linked = gossip.linked_nodes(node.replica.state, node.key) if to is None else {to}
         for other in self.nodes:
-            if other.key != node.key and (to is None or other.node_id == to):
+            if other.key != node.key and other.node_id in linked:
                 self.transmit(node, other, frame)
+        if to is None:
+            node.outbox.put(kind, frame)
+            self._want_gossip(node)
+
+    # ── gossip ──
+
+    def _want_gossip(self, node: Node) -> None:
+        if not node.is_gossip_due:
+            node.is_gossip_due = True
+            self.after(GOSSIP_INTERVAL_MS, partial(self._publish, node, node.life))
+
+    def _publish(self, node: Node, life: int) -> None:
+        if not self._is_alive(node, life):
+            return
+        node.is_gossip_due = False
+        messages = node.outbox.take_messages()
+        connected = [other.node_id for other in self.nodes if other.is_up and not self.is_cut(node, other)]
+        if gossip.has_followers(connected, voters=self._known_voters(node)):
+            for topic, message in messages:
+                self.publish(node.node_id, node, topic, message)
+
+    def _known_voters(self, node: Node) -> tuple[NodeId, ...]:
+        return node.replica.state.committee.committee.node_ids
+
+    def publish(self, author: NodeId, by: Node, topic: str, message: bytes) -> None:
+        """A message by its author (whom the library's signature proves) goes into the mesh; some never hear of it."""
+        if topic not in gossip.TOPICS:
+            breach("I9", f"{by.name} publishes under {topic}, to which nobody listens")
+        plan, rng = self.plan, self.rng
+        founders = self.committees[0].index_of
+        for other in self.nodes:
+            # As the service: those subscribe that were no voters when the network began.
+            if other.key == by.key or other.key in founders:
+                continue
+            self.counts.add("gossip")
+            if rng.random() < plan.gossip_loss:
+                continue
+            copies = 1 + (rng.random() < 0.2) + (rng.random() < 0.05)
+            for number in range(copies):
+                late_ms = rng.uniform(0, 2000) if number == 2 else 0.0
+                self.after(rng.uniform(1, 150) + late_ms, partial(self._deliver_gossip, author, by, other, message))
+
+    def _deliver_gossip(self, author: NodeId, by: Node, receiver: Node, message: bytes) -> None:
+        if receiver.is_up and not self.is_cut(by, receiver):
+            for frame in self.gossip_frames(author, receiver, message):
+                if receiver.limits.admits(author, size_bytes=len(frame), now_ns=receiver.now_ns):
+                    self.handle(receiver, FrameReceived(author, frame))
+
+    def gossip_frames(self, author: NodeId, receiver: Node, message: bytes) -> tuple[bytes, ...]:
+        """What the receiver takes of a message."""
+        try:
+            frames = gossip.take_message(author, message, voters=self._known_voters(receiver)) or ()
+        except DecodeError as exc:
+            self._on_fault(receiver, author, exc.message)
+            return ()
+        if frames:
+            self.counts.add("gossip taken")
+            if not any(author in committee.node_ids for committee in self.committees.values()):
+                breach("I11", f"{receiver.name} takes gossip of a stranger")
+        return frames
 
     def transmit(self, sender: Node, receiver: Node, frame: bytes) -> None:
         """One frame to one machine: lost, late, twice, or as it should be."""
@@ -504,6 +590,9 @@ class Cluster:
     def _deliver(self, sender: Node, receiver: Node, frame: bytes) -> None:
         if not receiver.is_up or self.is_cut(sender, receiver):
             return
+        if not receiver.limits.admits(sender.node_id, size_bytes=len(frame), now_ns=receiver.now_ns):
+            self.counts.add("above its rate")
+            return
         if receiver.liar is not None:
             receiver.liar.on_frame(sender, frame)
         self.handle(receiver, FrameReceived(sender.node_id, frame))
@@ -522,6 +611,14 @@ class Cluster:
             breach("I11", f"foreign bytes had an effect on {receiver.name}: {[type(effect).__name__ for effect in told]}")
         self.counts.add("foreign")
 
+    def inject_gossip(self, author: NodeId, by: Node, receiver: Node, message: bytes) -> None:
+        """I11: the same for a message of which no frame may have an effect."""
+        if receiver.is_paused or self.is_cut(by, receiver):
+            return
+        self.handle(receiver, Tick())
+        for frame in self.gossip_frames(author, receiver, message):
+            self.inject(by, receiver, frame)
+
     # ── sync ──
 
     def _want_sync(self, node: Node, delay_ms: float) -> None:
@@ -537,10 +634,15 @@ class Cluster:
         if node.round is not None or node.is_paused:
             self._want_sync(node, SYNC_PAUSE_MS)
             return
+        voters = self._known_voters(node)
         peers = [
             other
             for other in self.nodes
-            if other.key != node.key and other.is_up and not other.is_paused and not self.is_cut(node, other)
+            if other.key != node.key
+            and other.node_id in voters
+            and other.is_up
+            and not other.is_paused
+            and not self.is_cut(node, other)
         ]
         if not peers:
             self._want_sync(node, SYNC_INTERVAL_MS)
@@ -597,7 +699,7 @@ class Cluster:
         if len(packed) > sync.OFFER_SIZE_MAX_BYTES:
             breach("I8", f"an answer of {len(packed)} bytes")
         if peer.liar is not None:
-            packed = peer.liar.answer(request, packed)
+            packed = peer.liar.answer(node, request, packed)
         self.after(self._delay_ms(), partial(self._answered, node, round_, peer, packed, kind))
 
     def _answered(self, node: Node, round_: Round, peer: Node, packed: bytes, kind: type[sync.Request]) -> None:
@@ -694,6 +796,16 @@ class Cluster:
             self.at(at_ms, self._admit)
             if plan.dismisses:
                 self.at(rng.uniform(at_ms, gst_ms), self._dismiss)
+        if plan.slow_disk_ms:
+            rng.choice(correct).is_slow = True
+        if plan.burst_count:
+            self.at(rng.uniform(100, gst_ms / 3), partial(self._burst, writers))
+            for at_ms in range(50, gst_ms, LIMITS_INTERVAL_MS):
+                self.at(at_ms, self._check_limits)
+        if plan.stop_ms:
+            self.at(rng.uniform(50, gst_ms / 3), partial(self._stop, rng.choice(correct)))
+        if plan.eclipse:
+            self.at(rng.uniform(50, gst_ms / 2), partial(self._eclipse, self._eclipse_victim()))
         if plan.committee:
             self.at(rng.uniform(200, gst_ms * 0.8), partial(self._change_committee, plan.committee.split("+")))
         for node in self.nodes:
@@ -742,6 +854,45 @@ class Cluster:
     def _rejoin(self, shut: list[tuple[str, str]]) -> None:
         for way in shut:
             self.cuts[way] = max(0, self.cuts.get(way, 0) - 1)
+
+    def _check_limits(self) -> None:
+        for node in self.correct():
+            self.checkers.check_limits(node)
+
+    def _burst(self, writers: list[Node]) -> None:
+        """More at once than there is room for."""
+        for _ in range(self.plan.burst_count):
+            self.submit(self.rng.choice(writers), mix="plain")
+
+    def _stop(self, node: Node) -> None:
+        """SIGSTOP for long: nothing is lost, nothing goes on."""
+        node.is_paused = True
+        self.after(self.plan.stop_ms, partial(self._resume, node))
+
+    def _eclipse_victim(self) -> Node:
+        if self.plan.eclipse == "follower":
+            return self.nodes[-1]
+        return self.rng.choice([node for node in self.founders() if node.is_correct])
+
+    def _eclipse(self, victim: Node) -> None:
+        """From now on it knows liars only; later one honest voter more, and no one else until GST, or, a follower, ever."""
+        self.eclipsed = victim
+        self.eclipse_peers = {node.name for node in self.nodes if not node.is_correct}
+        self.counts.add("eclipses")
+        self.after(self.plan.eclipse_ms, partial(self._end_eclipse, victim, victim.replica.state.height))
+
+    def _end_eclipse(self, victim: Node, height: int) -> None:
+        if self.eclipsed is not victim:
+            return
+        self.counts.add("heights missed", len(self.checkers.heights) - victim.replica.state.height)
+        self.counts.add("heights followed", victim.replica.state.height - height)
+        honest = [node.name for node in self.founders() if node.is_correct and node is not victim]
+        self.eclipse_peers.add(self.rng.choice(honest))
+
+    @property
+    def is_eclipsing(self) -> bool:
+        """A node is reached by liars only."""
+        return self.eclipsed is not None and all(not n.is_correct for n in self.nodes if n.name in self.eclipse_peers)
 
     def _fill_disk(self, node: Node) -> None:
         node.disk.is_full = True
@@ -848,6 +999,8 @@ class Cluster:
         """GST: nothing goes wrong any more but Byzantine nodes."""
         self.is_stable = True
         self.cuts.clear()
+        if self.plan.eclipse == "voter":
+            self.eclipsed = None
         for node in self.nodes:
             node.disk.is_full = False
             if abs(node.skew_ns) > 5000 * NS_PER_MS:
@@ -875,8 +1028,7 @@ class Cluster:
             level_count = 0 if why else level_count + 1
             if self.now_ms > limit_ms and why:
                 breach("I7", why)
-            for node in self.correct():
-                self.checkers.check_limits(node)
+            self._check_limits()
             if level_count == 2:
                 break
             self.run_until(self.now_ms + step_ms)
@@ -885,6 +1037,8 @@ class Cluster:
 
     def _why_unsettled(self) -> str:
         nodes = self.correct()
+        if self.is_eclipsing:
+            return "a node is eclipsed"
         for node in nodes:
             if not node.is_up:
                 return f"{node.name} is down"
@@ -894,12 +1048,17 @@ class Cluster:
             own = replica.own_lane
             if own is not None and replica.state.may_write(node.key) and replica.final_seq(own) != replica.own_head_seq:
                 return f"{node.name}'s own lane is final up to {replica.final_seq(own)} of {replica.own_head_seq}"
+            if own is not None and replica.state.may_write(node.key) and not replica.has_room:
+                return f"{node.name} takes no writes though all is final"
             if node.commit is not None or replica.needs_commit:
                 return f"{node.name} is writing"
             if replica.equivocations.pending():
                 return f"{node.name} knows a liar that is not banned"
         if self.plan.committee and max(self.committees) < self.plan.committee.count("+") + 1:
             return f"the committee is that of epoch {max(self.committees)}"
+        lost = self.checkers.uncovered()
+        if lost:
+            return f"a certified block is not final: {lost}"
         roots = {node.replica.lanes.index.root() for node in nodes}
         if len(roots) != 1:
             return "frontiers differ"
@@ -939,6 +1098,9 @@ def _opened(disk: MemoryDisk) -> MemoryStore:
 def _small(plan: Plan) -> Iterator[None]:
     """Limits that a short run can reach."""
     before = checkpoint.CHECKPOINT_OP_COUNT, spine_book.FINAL_KEPT_COUNT, replica_module.CLOSE_QUIET_MS
+    tail_before = lanes_module.TAIL_COUNT_MAX
+    if plan.tail_count_max:
+        lanes_module.TAIL_COUNT_MAX = plan.tail_count_max
     if plan.close_quiet_ms:
         replica_module.CLOSE_QUIET_MS = plan.close_quiet_ms
     if plan.checkpoint_op_count:
@@ -949,6 +1111,7 @@ def _small(plan: Plan) -> Iterator[None]:
         yield
     finally:
         checkpoint.CHECKPOINT_OP_COUNT, spine_book.FINAL_KEPT_COUNT, replica_module.CLOSE_QUIET_MS = before
+        lanes_module.TAIL_COUNT_MAX = tail_before
 
 
 def run(scenario: str, seed: int, *, plan: Plan | None = None) -> Cluster:

@@ -67,6 +67,19 @@ class Plan:
     """And is dismissed again before GST."""
     late_node_count: int = 0
     """Nodes that are down from the beginning to GST."""
+    gossip_loss: float = 0.2
+    """Share of gossip that a follower never gets, also after GST; 1.0: gossip is switched off."""
+    eclipse: str = ""
+    """'voter' or 'follower': one such node is reached by the liars only for `eclipse_ms`, then by one honest voter more."""
+    eclipse_ms: int = 0
+    tail_count_max: int = 0
+    """Certified blocks that may wait for the spine; 0: as in the product, which no short run reaches."""
+    burst_count: int = 0
+    """Writes that come at one moment."""
+    slow_disk_ms: int = 0
+    """What a commit takes on one correct voter's disk."""
+    stop_ms: int = 0
+    """How long one correct voter is stopped (SIGSTOP), beyond the short pauses."""
 
 
 Recipe = Callable[[random.Random], Plan]
@@ -146,7 +159,7 @@ def twins(rng: random.Random) -> Plan:
     return _rough(rng, voter_count=_count(rng), behaviours=(("twins",),), crash_count=rng.choice((0, 0, 1)), mix="claims")
 
 
-AUTHORS = ("fork", "bad-deps", "bad-clock", "garbage", "bad-intents", "flood", "foreign")
+AUTHORS = ("fork", "bad-deps", "bad-clock", "garbage", "bad-intents", "flood", "ground", "foreign")
 VOTERS = ("ack-all", "ack-wrong", "ack-some", "ack-none", "vote-all", "freeze-lies", "sync-lies", "ban-lies")
 LEADERS = (
     "lead-two",
@@ -292,6 +305,81 @@ def leases(rng: random.Random) -> Plan:
 @scenario
 def observers(rng: random.Random) -> Plan:
     return _rough(rng, observer_count=2, admits=True, mix="claims", crash_count=rng.randint(0, 2))
+
+
+ECLIPSERS = ("sync-forge", "sync-lies", "gossip-lies", "ack-all", "vote-all", "foreign", "lead-time", "lead-root", "fork")
+
+
+@scenario
+def followers(rng: random.Random) -> Plan:
+    """Nodes that only follow, with whatever gossip there is, or none at all."""
+    return _rough(
+        rng,
+        voter_count=_count(rng),
+        observer_count=2,
+        gossip_loss=rng.choice((0.0, 0.3, 0.9, 1.0, 1.0)),
+        behaviours=rng.choice(((), (("gossip-lies",),), (("gossip-lies", "fork"),), (("gossip-lies", "sync-lies"),))),
+        **rng.choice(({}, {"checkpoint_op_count": 3}, {"checkpoint_op_count": 3, "final_kept_count": 8})),
+        crash_count=rng.choice((0, 0, 2)),
+        late_node_count=rng.choice((0, 0, 1)),
+        mix=rng.choice(("plain", "claims", "accounts")),
+    )
+
+
+@scenario
+def eclipse_voter(rng: random.Random) -> Plan:
+    """A voter that hears only the f liars for a while."""
+    count = _count(rng)
+    behaviours = tuple(("sync-forge", *rng.sample(ECLIPSERS, 2)) for _ in range((count - 1) // 3))
+    gst_ms = 2400
+    return _rough(
+        rng,
+        voter_count=count,
+        behaviours=behaviours,
+        gst_ms=gst_ms,
+        eclipse="voter",
+        eclipse_ms=rng.randint(200, 1200),
+        checkpoint_op_count=rng.choice((0, 6)),
+        mix="claims",
+    )
+
+
+@scenario
+def eclipse_follower(rng: random.Random) -> Plan:
+    """A follower that hears only the f liars for long, after GST too, and then one honest voter and no one else."""
+    count = _count(rng)
+    behaviours = tuple(("sync-forge", *rng.sample(ECLIPSERS, 2)) for _ in range((count - 1) // 3))
+    return _rough(
+        rng,
+        voter_count=count,
+        observer_count=1,
+        behaviours=behaviours,
+        eclipse="follower",
+        eclipse_ms=rng.choice((800, 3000, 12_000)),
+        gossip_loss=rng.choice((0.2, 1.0)),
+        **rng.choice(({}, {"checkpoint_op_count": 3}, {"checkpoint_op_count": 3, "final_kept_count": 8})),
+        op_count=40,
+        mix=rng.choice(("claims", "accounts")),
+    )
+
+
+@scenario
+def back_pressure(rng: random.Random) -> Plan:
+    """More writes than there is room for, while one voter's disk is slow or full, or one voter stands still."""
+    return _rough(
+        rng,
+        voter_count=4,
+        tail_count_max=rng.choice((4, 12, 60)),
+        burst_count=rng.choice((300, 500)),
+        slow_disk_ms=rng.choice((0, 150, 400)),
+        stop_ms=rng.choice((0, 0, 900)),
+        full_disk_count=rng.randint(0, 1),
+        observer_count=rng.choice((0, 1)),
+        gossip_loss=1.0,
+        partition_count=rng.choice((0, 1)),
+        behaviours=rng.choice(((), (("lead-none",),), (("flood", "ack-none"),), (("lead-censor",),))),
+        gst_ms=1800,
+    )
 
 
 @scenario

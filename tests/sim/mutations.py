@@ -13,8 +13,10 @@ from typing import Any
 
 import msgspec
 
-from formation.state import accounts, equivocation, handover, lanes
+from formation.core.ids import NodeId
+from formation.state import accounts, catchup, chain, equivocation, gossip, handover, lanes, spine
 from formation.state.accounts import Accounts, Intents
+from formation.state.chain import Lane
 from formation.state.claims import Claims, Lease
 from formation.state.committee import Committee
 from formation.state.equivocation import Equivocations
@@ -28,6 +30,7 @@ from formation.state.spine_values import Kind
 from tests.sim.cluster import SimulationError, run
 from tests.sim.faults import SCENARIOS, Plan
 
+SAFETY = ("I1", "I2", "I3", "I4", "I5", "I6", "I9", "I10", "I11")
 Change = Callable[[Plan], Plan]
 
 
@@ -41,16 +44,30 @@ class Mutation:
     """(owner, attribute, what stands there instead)."""
     change: Change = lambda plan: plan
     seed_count_max: int = 60
-    invariants: tuple[str, ...] = ("I1", "I2", "I3", "I4", "I5", "I6", "I9", "I10", "I11")
-    """One of these must be what the run reports: getting stuck is no proof."""
+    invariants: tuple[str, ...] = SAFETY
+    """One of these must be what the run reports. Getting stuck (I7) proves only that a rule of progress is broken."""
 
 
 MUTATIONS: list[Mutation] = []
 
 
-def _mutation(name: str, scenario: str, *patches: tuple[Any, str, Any], change: Change | None = None, seeds: int = 60) -> None:
+def _mutation(
+    name: str,
+    scenario: str,
+    *patches: tuple[Any, str, Any],
+    change: Change | None = None,
+    seeds: int = 60,
+    invariants: tuple[str, ...] = SAFETY,
+) -> None:
     MUTATIONS.append(
-        Mutation(name=name, scenario=scenario, patches=patches, change=change or (lambda plan: plan), seed_count_max=seeds)
+        Mutation(
+            name=name,
+            scenario=scenario,
+            patches=patches,
+            change=change or (lambda plan: plan),
+            seed_count_max=seeds,
+            invariants=invariants,
+        )
     )
 
 
@@ -303,7 +320,7 @@ _mutation(
         slow_share=0.2,
         op_count=40,
     ),
-    seeds=120,
+    seeds=300,
 )
 
 
@@ -350,6 +367,77 @@ _mutation(
     (equivocation, "_is_contradiction", lambda one, other: True),
     change=lambda plan: replace(plan, behaviours=(("lead-ban", "ban-lies"),), voter_count=4, committee="", observer_count=0),
     seeds=120,
+)
+
+
+# ── gossip, eclipse, back-pressure ──────────────────────────────────────────────────────────────────────────────────────
+
+
+_mutation(
+    "gossip is taken from strangers",
+    "followers",
+    (gossip, "take_message", lambda author, data, voters: gossip.unpack_frames(data)),
+    change=lambda plan: replace(plan, behaviours=(("gossip-lies",),), voter_count=4, gossip_loss=0.0),
+)
+_mutation(
+    "acks that came by gossip are not checked",
+    "followers",
+    (lanes, "ack_signature_holds", lambda *_, **__: True),
+    change=lambda plan: replace(plan, behaviours=(("gossip-lies",),), voter_count=4),
+)
+
+
+def _pull_nothing(peer: NodeId, ranges: object) -> Iterator[Any]:
+    yield from ()
+
+
+_mutation(
+    "without gossip, nothing is pulled",
+    "followers",
+    (catchup, "_pull", _pull_nothing),
+    change=lambda plan: replace(plan, gossip_loss=1.0, behaviours=(), checkpoint_op_count=0, final_kept_count=0, limit_ms=6000),
+    seeds=10,
+    invariants=("I7",),
+)
+_mutation(
+    "an eclipsed follower believes a final certificate",
+    "eclipse-follower",
+    (spine, "final_holds", lambda *_, **__: True),
+    change=lambda plan: replace(plan, voter_count=4, behaviours=(("sync-forge",),)),
+)
+_mutation(
+    "an eclipsed voter believes acks",
+    "eclipse-voter",
+    (lanes, "ack_signature_holds", lambda *_, **__: True),
+    change=lambda plan: replace(plan, voter_count=4, behaviours=(("sync-forge",),)),
+)
+
+
+def _sign_when_full(self: Lanes) -> Any:
+    signed = _SIGN_OWN_ACKS(self)
+    if self._is_tail_full:
+        self._to_ack = {}
+    return signed
+
+
+_SIGN_OWN_ACKS = Lanes.sign_own_acks
+_mutation(
+    "a full tail forgets what there is to acknowledge",
+    "back-pressure",
+    (Lanes, "sign_own_acks", _sign_when_full),
+    change=lambda plan: replace(plan, tail_count_max=4, limit_ms=8000, behaviours=()),
+    seeds=10,
+    invariants=("I7",),
+)
+_mutation(
+    "a lane takes more than its window",
+    "back-pressure",
+    (Lane, "is_full", property(lambda self: False)),
+    (lanes, "WINDOW_COUNT_MAX", 5_000),
+    (chain, "WINDOW_COUNT_MAX", 5_000),
+    change=lambda plan: replace(plan, tail_count_max=4, behaviours=(), burst_count=6_000, slow_disk_ms=400),
+    seeds=5,
+    invariants=("I8",),
 )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
+from formation.core.ids import node_id_of
 from formation.state.ack import Ack, sign_ack
 from formation.state.claims import Lease
 from formation.state.frames import FRAME_ACK, FRAME_BLOCK
+from formation.state.gossip import pack_frames
 from formation.state.lane import Head
 from formation.state.lanes import ORPHAN_ACK_COUNT_MAX
 from formation.state.spine_values import Kind, Vote, sign_vote
@@ -126,6 +129,26 @@ def _too_many_orphans(cluster: Cluster) -> None:
     cluster.checkers.check_limits(cluster.nodes[0])
 
 
+def _tail_beyond_its_limit(cluster: Cluster) -> None:
+    cluster.nodes[0].replica.lanes.tail_count = 1_000_000
+    cluster.checkers.check_limits(cluster.nodes[0])
+
+
+def _certified_and_lost(cluster: Cluster) -> None:
+    own = cluster.nodes[0].replica.own_lane
+    assert own is not None
+    cluster.checkers.certified[own, 10_000] = bytes(32)
+    cluster.plan = replace(cluster.plan, limit_ms=2000)
+    cluster.settle()
+
+
+def _stranger_heard(cluster: Cluster) -> None:
+    stranger = node_id_of(bytes(32))
+    with_stranger = cluster.nodes[0]
+    cluster._known_voters = lambda node: (stranger,)  # type: ignore[method-assign]
+    cluster.gossip_frames(stranger, with_stranger, pack_frames((b"\x01",)))
+
+
 def _never_final(cluster: Cluster) -> None:
     cluster.nodes[0].replica.handle = lambda event, now_ns: ()  # type: ignore[method-assign]
     cluster.settle()
@@ -144,12 +167,15 @@ def _never_final(cluster: Cluster) -> None:
         ("I5", _lost_disks),
         ("I6", _two_holders),
         ("I7", _never_final),
+        ("I7", _certified_and_lost),
         ("I8", _too_many_orphans),
+        ("I8", _tail_beyond_its_limit),
         ("I9", _unwritten_ack),
         ("I10", _other_state),
+        ("I11", _stranger_heard),
     ],
 )
 def test_checker_can_fail(cluster: Cluster, invariant: str, wrong: Callable[[Cluster], None]) -> None:
-    """What is wrong is told under the invariant's name. (I3 and I11 have mutations.)"""
+    """What is wrong is told under the invariant's name. (I3 has mutations.)"""
     with pytest.raises(InvariantError, match=f"^{invariant}: "):
         wrong(cluster)

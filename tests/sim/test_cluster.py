@@ -43,6 +43,10 @@ WHAT_IT_IS_FOR: dict[str, tuple[str, ...]] = {
     "equivocation": ("bans", "faults"),
     "dismissal": ("dismissals",),
     "missed-handover": ("missed handovers", "restarted after a handover"),
+    "followers": ("gossip", "foreign"),
+    "eclipse-voter": ("eclipses", "forged answers", "heights missed"),
+    "eclipse-follower": ("eclipses", "forged answers", "heights missed"),
+    "back-pressure": ("refused",),
 }
 
 

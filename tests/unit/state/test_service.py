@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 
 from formation.core.clock import NS_PER_MS
 from formation.core.errors import ConflictError, DeniedError, NotFoundError, UnavailableError
@@ -28,7 +29,7 @@ from formation.core.spec import Desired, Resources, VmPhase
 from formation.p2p.loopback import LoopbackNetwork
 from formation.p2p.service import P2pService
 from formation.p2p.transport import TaskStatus
-from formation.state.effects import Tick
+from formation.state.effects import Tick, WakeAt
 from formation.state.feed import Change, Level
 from formation.state.replica import RecordKindOf
 from formation.state.service import StateService
@@ -144,6 +145,20 @@ async def test_an_event_is_certified_and_read_everywhere(autojump_clock: trio.ab
             await service.wait_certified(token)
         await eventually(lambda: all(len(s.view.nodes()) == 1 for s in cluster.services.values()))
         assert service.status().has_quorum
+
+
+async def test_wakes_that_are_due_together_do_not_end_the_node(autojump_clock: trio.testing.MockClock) -> None:
+    """A second, earlier one comes when both are due already: the loop then waits for the next, and the node goes on."""
+    async with running(1) as (cluster, _):
+        service = cluster.services[0]
+        await eventually(lambda: not service._wakes)
+        now_ns = service._clock.now_ns()
+        service._carry_out(WakeAt(now_ns + 50 * NS_PER_MS))
+        await trio.sleep(0.001)
+        autojump_clock.jump(0.1)
+        service._carry_out(WakeAt(now_ns + 40 * NS_PER_MS))
+        with trio.fail_after(10):
+            await service.wait_certified(await service.append_event(advertised("n0"), cluster.keys[0].node_id))
 
 
 async def test_a_vm_from_intent_to_ready(autojump_clock: trio.abc.Clock) -> None:

@@ -6,9 +6,22 @@ import pytest
 
 from formation.core.codec import encode
 from formation.core.errors import DecodeError
+from formation.core.event import Seat
+from formation.core.ids import node_id_of
 from formation.state import sync
-from formation.state.gossip import MESSAGE_SIZE_MAX_BYTES, Outbox, unpack_frames
+from formation.state.fold import State
+from formation.state.gossip import (
+    MESSAGE_FRAME_COUNT_MAX,
+    MESSAGE_SIZE_MAX_BYTES,
+    Outbox,
+    has_followers,
+    linked_nodes,
+    pack_frames,
+    take_message,
+    unpack_frames,
+)
 from formation.state.lane import SEQ_MAX, LaneId
+from formation.state.membership import CommitteeState
 
 
 def lane(number: int) -> LaneId:
@@ -85,6 +98,46 @@ def test_what_they_lack_is_known_from_the_same_answer() -> None:
     buckets = bytes(sorted({sync.bucket_of(lane(1)), sync.bucket_of(lane(2))}))
     lacks = sync.lanes_they_lack(ours, [row(1, 4, 2)], buckets=buckets)
     assert set(lacks) == {(lane(1), 4, 2), (lane(2), 0, 0)}
+
+
+def test_a_fork_that_they_do_not_know_of_is_something_they_lack() -> None:
+    """Nobody asks a follower for evidence: it tells."""
+    ours = index_of(row(1, 5, 5, is_frozen=True))
+    buckets = bytes((sync.bucket_of(lane(1)),))
+    assert sync.lanes_they_lack(ours, [row(1, 5, 5)], buckets=buckets) == ((lane(1), 5, 5),)
+    assert sync.lanes_they_lack(ours, [row(1, 5, 5, is_frozen=True)], buckets=buckets) == ()
+
+
+def test_gossip_is_taken_from_voters_only() -> None:
+    """A stranger's is ignored, whatever it is; what no voter should have sent is named."""
+    voter, stranger = node_id_of(b"v" * 32), node_id_of(b"s" * 32)
+    message = pack_frames((b"a", b"b"))
+    assert take_message(voter, message, voters=(voter,)) == (b"a", b"b")
+    assert take_message(stranger, message, voters=(voter,)) is None
+    assert take_message(stranger, b"garbage", voters=(voter,)) is None
+    with pytest.raises(DecodeError, match="gossip message"):
+        take_message(voter, message[:-1], voters=(voter,))
+    with pytest.raises(DecodeError, match="too many frames"):
+        take_message(voter, pack_frames((b"",) * (MESSAGE_FRAME_COUNT_MAX + 1)), voters=(voter,))
+
+
+def test_voters_alone_need_no_gossip() -> None:
+    """Somebody must be there who does not vote."""
+    one, other, follower = (node_id_of(bytes((n,)) * 32) for n in (1, 2, 3))
+    assert not has_followers((), voters=(one, other))
+    assert not has_followers((one,), voters=(one, other))
+    assert has_followers((one, follower), voters=(one, other))
+
+
+def test_frames_go_to_voters_and_a_voter_s_also_to_the_admitted() -> None:
+    """A follower has no links of its own: it hears by gossip and sync."""
+    keys = [bytes((n,)) * 32 for n in range(1, 5)]
+    state = State(CommitteeState(tuple(Seat(f"n{key[0]}", key, ()) for key in keys[:2])), genesis_hash=b"g" * 32)
+    nodes = [node_id_of(key) for key in keys]
+    state.admitted[keys[2]] = nodes[2]
+    assert linked_nodes(state, keys[0]) == {nodes[1], nodes[2]}
+    assert linked_nodes(state, keys[2]) == {nodes[0], nodes[1]}
+    assert linked_nodes(state, keys[3]) == frozenset()
 
 
 def test_one_greedy_range_leaves_room_for_the_others() -> None:
