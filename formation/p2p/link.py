@@ -3,6 +3,7 @@
 Each side of a pair opens one stream and only writes to it; it reads the other's. So neither has to agree with the
 other on who opens, and a stream's end is noticed by reading from the one that only we write to.
 
+Frames that nobody waits for (lazy) go behind those that somebody does; else the order is kept.
 Frames close behind others wait up to COALESCE_DELAY_S for company, because a stream costs CPU by the write, not by the
 byte (measured: 1 KiB writes 11 MB/s, 64 KiB writes 448 MB/s); lazy ones wait LAZY_DELAY_S for others to go with. The
 queue is bounded; a frame that finds it full, or no link, is dropped: the room above re-syncs whenever a link comes up,
@@ -63,6 +64,8 @@ class _Outbox:
     """Frames waiting for one peer."""
 
     frames: deque[bytes] = field(default_factory=deque)
+    lazy_frames: deque[bytes] = field(default_factory=deque)
+    """Those that nobody waits for; they go behind the others."""
     size_bytes: int = 0
     is_open: bool = False
     filled: trio.Event = field(default_factory=trio.Event)
@@ -73,9 +76,10 @@ class _Outbox:
     is_sending: bool = False
 
     def put_nowait(self, frame: bytes, *, is_lazy: bool) -> bool:
-        if not self.is_open or len(self.frames) >= QUEUE_COUNT_MAX or self.size_bytes + len(frame) > QUEUE_SIZE_MAX_BYTES:
+        count = len(self.frames) + len(self.lazy_frames)
+        if not self.is_open or count >= QUEUE_COUNT_MAX or self.size_bytes + len(frame) > QUEUE_SIZE_MAX_BYTES:
             return False
-        self.frames.append(frame)
+        (self.lazy_frames if is_lazy else self.frames).append(frame)
         self.size_bytes += len(frame)
         self.filled.set()
         if not is_lazy:
@@ -83,22 +87,28 @@ class _Outbox:
         return True
 
     def take_batch_nowait(self) -> tuple[bytes, int]:
-        """The bytes of up to BATCH_SIZE_BYTES of frames (at least one, if any); how many they are, signs of life apart."""
+        """The bytes of up to BATCH_SIZE_BYTES of frames (one of each kind at least); how many they are, signs of life apart."""
         parts: list[bytes] = []
         size_bytes = 0
-        while self.frames and (not parts or size_bytes + len(self.frames[0]) <= BATCH_SIZE_BYTES):
-            frame = self.frames.popleft()
-            size_bytes += len(frame)
-            parts.append(encode_frame(frame))
+        for frames in (self.frames, self.lazy_frames):
+            # One of each at least: a flood of the others must not hold the lazy ones up for ever.
+            first = len(parts)
+            while frames and (len(parts) == first or size_bytes + len(frames[0]) <= BATCH_SIZE_BYTES):
+                frame = frames.popleft()
+                size_bytes += len(frame)
+                parts.append(encode_frame(frame))
         self.size_bytes -= size_bytes
         if not self.frames:
-            self.filled, self.hurried = trio.Event(), trio.Event()
+            self.hurried = trio.Event()
+            if not self.lazy_frames:
+                self.filled = trio.Event()
         return b"".join(parts), len(parts) - parts.count(_KEEPALIVE)
 
     def clear(self) -> int:
         """Forget what waits; how many frames that were."""
-        count = len(self.frames)
+        count = len(self.frames) + len(self.lazy_frames)
         self.frames.clear()
+        self.lazy_frames.clear()
         self.size_bytes = 0
         self.filled, self.hurried = trio.Event(), trio.Event()
         return count

@@ -106,6 +106,9 @@ CLOSE_COUNT_MAX = 16
 # half a second at once. When so many have changed, those go that have not since it was so many the last time: all others
 # are most likely to change again.
 FLUSH_CELL_COUNT = 2_048
+# That a block is certified is known again from the acks, so nobody waits for its being on disk: it goes with the next commit
+# that somebody waits for, or after this. Under a single writer that is half of all commits.
+COMMIT_LAZY_MS = 5
 # Voters store a checkpoint one after the other, this far apart by their index: while one writes (0.7 s for 60 MB, between
 # its commits), the others answer faster. All have done so within 3 s, before the next can be due.
 STORE_STAGGER_MS = 400
@@ -182,6 +185,10 @@ class _Gathered:
     promises: list[Promise] = field(default_factory=list)
     freezes: list[FreezeEntry] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    is_urgent: bool = False
+    """Somebody waits for it."""
+    due_ns: int | None = None
+    """When it is to be stored all the same; None: nothing is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +343,7 @@ class Replica:
                 self.spine.tick(now_ns)
                 self._wake_to_cover()
                 self._wake_to_store()
+                self._wake_to_commit()
         self._settle()
         out, lanes.out = tuple(lanes.out), []
         return out
@@ -435,7 +443,7 @@ class Replica:
                 self._record(Record(RecordKindOf.BLOCK, entry.raw, block.lane, block.seq))
                 self._counts[0] += count
             else:
-                self._record(Record(RecordKindOf.RISEN, _risen(block.lane, block.seq)))
+                self._record(Record(RecordKindOf.RISEN, _risen(block.lane, block.seq)), is_urgent=False)
                 self._counts[1] += count
                 self._note_certified(entry)
             self._tell(Row(position=self._next_position, count=count, level=level, entry=entry))
@@ -462,6 +470,12 @@ class Replica:
         if due_ns > self._now_ns:
             self.lanes.out.append(WakeAt(due_ns))
 
+    def _wake_to_commit(self) -> None:
+        gathered = self._gathered
+        if gathered.due_ns is not None and not gathered.is_urgent and gathered.due_ns > self._now_ns:
+            gathered.due_ns = min(gathered.due_ns, self._now_ns + COMMIT_LAZY_MS * NS_PER_MS)
+            self.lanes.out.append(WakeAt(gathered.due_ns))
+
     def _wake_to_store(self) -> None:
         capture = self._capture
         if capture is not None and capture.store_at_ns is not None and capture.store_at_ns > self._now_ns:
@@ -473,8 +487,14 @@ class Replica:
         """A block's operations, judged by themselves."""
         return entry.judged or judge_block(entry, self._intent_verifier)
 
-    def _record(self, record: Record) -> None:
-        self._gathered.records.append(record)
+    def _record(self, record: Record, *, is_urgent: bool = True) -> None:
+        gathered = self._gathered
+        gathered.records.append(record)
+        if is_urgent:
+            gathered.is_urgent = True
+        elif gathered.due_ns is None:
+            gathered.due_ns = self._now_ns + COMMIT_LAZY_MS * NS_PER_MS
+            self.lanes.out.append(WakeAt(gathered.due_ns))
         if self._capture is not None:
             self._capture.records.append(record)
 
@@ -773,7 +793,8 @@ class Replica:
     def needs_commit(self) -> bool:
         """Whether CommitReady would give the store something to do."""
         gathered = self._gathered
-        return bool(gathered.records) or self.lanes.has_acks_to_sign or self._has_capture_to_move
+        is_due = gathered.is_urgent or (gathered.due_ns is not None and gathered.due_ns <= self._now_ns)
+        return is_due or self.lanes.has_acks_to_sign or self._has_capture_to_move
 
     @property
     def _is_capture_open(self) -> bool:

@@ -726,8 +726,9 @@ class StateService:
         own = self.replica.own_lane
         if own in lanes:
             self._release(Level.CERTIFIED, self.replica.certified_seq(own))
-            # A certificate makes room in our own window for writes that wait.
-            self._commit_wanted.set()
+            if self._writes:
+                # A certificate makes room for them in our own window.
+                self._commit_wanted.set()
         self._release_levelled()
 
     def _note_final(self, effect: Finalised) -> None:
@@ -782,12 +783,11 @@ class StateService:
         began_at = 0.0
         is_tidy = False
         while True:
-            if self._staging is None and is_tidy:
+            if not self._is_ready or (self._staging is None and is_tidy):
                 await self._commit_wanted.wait()
             early_s = began_at + COMMIT_INTERVAL_S - trio.current_time()
             if early_s > 0:
                 await trio.sleep(early_s)
-            began_at = trio.current_time()
             self._commit_wanted = trio.Event()
             if self._failure is not None:
                 raise self._failure
@@ -795,6 +795,7 @@ class StateService:
                 continue
             self._submit_writes()
             if self.replica.needs_commit:
+                began_at = trio.current_time()
                 self._handle(CommitReady())
             while self._commits:
                 commit = self._commits.popleft()

@@ -123,7 +123,7 @@ async def test_a_lazy_frame_waits_for_an_urgent_one_and_not_long(
         a.links.send_frame(B, b"second", is_lazy=True)
         a.links.send_frame(B, b"urgent")
         await until(lambda: len(b.frames) == 3)
-        assert [data for _, data in sends[1:]] == [encode_frame(b"second") + encode_frame(b"urgent")]
+        assert [data for _, data in sends[1:]] == [encode_frame(b"urgent") + encode_frame(b"second")]
         assert sends[1][0] == pytest.approx(began)
 
 
