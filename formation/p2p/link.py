@@ -31,7 +31,7 @@ from formation.p2p.presence import Presence
 from formation.p2p.transport import READ_SIZE_MAX_BYTES, ByteStream, ConnectionCallback, Transport
 
 LINK_PROTOCOL = "/formation/link/1"
-COALESCE_DELAY_S = 0.002
+COALESCE_DELAY_S = 0.0005
 COALESCE_SIZE_BYTES = 64 * 1024
 # Frames that nobody waits for leave with the next one that somebody does, or after this.
 LAZY_DELAY_S = 0.010
