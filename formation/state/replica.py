@@ -101,7 +101,7 @@ from formation.state.view import View
 COVER_MS = 1_000
 # Or once so many operations wait for it: all of a height is folded in one go, in which nobody is answered. Half as
 # many would cost a tenth of the throughput for a p99 of 110 instead of 150 ms at 256 clients.
-COVER_OP_COUNT = 4000
+COVER_OP_COUNT = 4_000
 # A lane that its author left is closed no sooner than this after the leader saw it quiet: acks on their way arrive.
 CLOSE_QUIET_MS = 2_000
 # Lanes closed by one proposal: half a committee of 31 restarted at once; the rest is closed by the next.
@@ -907,7 +907,8 @@ class Replica:
             return True
         since_ns = self._uncovered_since_ns
         if since_ns is not None and self.lanes.uncovered:
-            if self._uncovered_op_count >= COVER_OP_COUNT or self._now_ns >= since_ns + COVER_MS * NS_PER_MS:
+            is_old = self._now_ns >= since_ns + COVER_MS * NS_PER_MS
+            if is_old or self._uncovered_op_count >= COVER_OP_COUNT:
                 return True
         if self._is_capture_open or self.state.committee.decision is not None or self.equivocations.pending():
             return True
