@@ -28,24 +28,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass
 
-from formation.core.clock import NS_PER_MS
-from formation.core.codec import ARRAY, UNSIGNED, Hash, Sign, Verify, bytes_head, decode, encode, item_head
+from formation.core.codec import ARRAY, UNSIGNED, Sign, Verify, bytes_head, decode, encode, item_head
 from formation.core.errors import DecodeError
 from formation.core.event import Effect as EventEffect
 from formation.core.event import RecordKind, Seat
 from formation.core.ids import NetworkId, NodeId
 from formation.state import spine as spine_effects
-from formation.state.ack import AckEntry
-from formation.state.checkpoint import LazyBuckets, SnapshotHead, StateTree, is_checkpoint_due
-from formation.state.claims import SPINE_BEHIND_MS_MAX
+from formation.state.checkpoint import SnapshotHead, StateTree, is_checkpoint_due
 from formation.state.committee import Committee
 from formation.state.effects import (
     Certified,
-    CheckpointStart,
-    Commit,
     CommitReady,
     Diverged,
     Effect,
@@ -58,7 +52,6 @@ from formation.state.effects import (
     Send,
     SendTo,
     SpineReceived,
-    Stage,
     Staged,
     Stored,
     Submit,
@@ -74,15 +67,16 @@ from formation.state.former import FORMER_EPOCH_COUNT_MAX, FormerEpoch
 from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EQUIVOCATION, FRAME_EVIDENCE, FRAME_FREEZE
 from formation.state.handover import Handing, covered_heads
 from formation.state.joining import Snapshot
+from formation.state.journal import KEPT_RECORDS, Capture, Journal, RecordKindOf, stagger_ns
 from formation.state.judge import IntentVerifier, Judged, judge_block
-from formation.state.lane import Entry, Head, LaneId, SpineRef
+from formation.state.lane import Entry, LaneId, SpineRef
 from formation.state.lanes import ORDERED_KINDS, Lanes
-from formation.state.membership import CommitteeState, FreezeEntry
+from formation.state.membership import CommitteeState
+from formation.state.oracle import CutOracle
 from formation.state.order import Covered, Missing, cover
 from formation.state.positions import Positions
-from formation.state.spine import Base, ChainWanted, Extras, Journal, Promise, Spine, Verdict, VoterEvidence
+from formation.state.spine import Base, ChainWanted, Promise, Spine, VoterEvidence
 from formation.state.spine_values import (
-    CUT_LANE_COUNT_MAX,
     CheckpointRef,
     FinalEntry,
     Kind,
@@ -97,78 +91,13 @@ from formation.state.store import Record
 from formation.state.sync import Range, SnapshotOffer
 from formation.state.view import View
 
-# Certified data is covered by the spine within this time; below it a cut would be spent on a handful of blocks.
-COVER_MS = 1_000
-# Or once so many operations wait for it: all of a height is folded in one go, in which nobody is answered. Half as
-# many would cost a tenth of the throughput for a p99 of 110 instead of 150 ms at 256 clients.
-COVER_OP_COUNT = 4_000
-# A lane that its author left is closed no sooner than this after the leader saw it quiet: acks on their way arrive.
-CLOSE_QUIET_MS = 2_000
-# Lanes closed by one proposal: half a committee of 31 restarted at once; the rest is closed by the next.
-CLOSE_COUNT_MAX = 16
 # Changed cells are encoded into the state's tree now and then, and not all at the checkpoint: 10 ms several times instead of
 # half a second at once. When so many have changed, those go that have not since it was so many the last time: all others
 # are most likely to change again.
 FLUSH_CELL_COUNT = 2_048
-# That a block is certified is known again from the acks, so nobody waits for its being on disk: it goes with the next commit
-# that somebody waits for, or after this. Under a single writer that is half of all commits.
-COMMIT_LAZY_MS = 5
-# Voters store a checkpoint one after the other, this far apart by their index: while one writes (0.7 s for 60 MB, between
-# its commits), the others answer faster. All have done so within 3 s, before the next can be due.
-STORE_STAGGER_MS = 400
-STORE_TURN_COUNT = 8
-# So many lanes left behind are worth a height of their own, though nothing else asks for one: nodes that restart often.
-CLOSE_WANTED_COUNT = 16
 # Final heights whose hashes are known to check a block's spine_ref: minutes at a thousand heights a second.
 REF_COUNT_MAX = 65_536
 META_FORMAT = 1
-
-
-class RecordKindOf(IntEnum):
-    """Kinds of journal records; where a frame carries the same bytes it has the same number."""
-
-    BLOCK = 1
-    """COSE_Sign1 of a block that joined its chain."""
-    ACK = 2
-    """COSE_Sign1 of our own ack."""
-    EVIDENCE = 3
-    PROPOSAL = 4
-    NOTARIZE = 5
-    NULLIFY = 6
-    FINALIZE = 7
-    FREEZE = 8
-    VOTES = 9
-    """CBOR of Votes: a certificate."""
-    FINAL = 10
-    """CBOR of a FinalCertificate: proves the newest applied height."""
-    RISEN = 11
-    """CBOR [lane, seq]: certified up to here."""
-    APPLIED = 12
-    """COSE_Sign1 of the proposal whose height was applied."""
-    LINK = 13
-    """CBOR of the FinalChain of the height applied just before, an epoch's last."""
-    PROOF = 14
-    """CBOR of the FinalChain that vouches for the checkpoint at which the journal begins."""
-    EQUIVOCATION = 15
-    """CBOR of an Equivocation against a key that is not banned yet."""
-    LET_GO = 16
-    """A lane id: its author may not write any more, and nobody had acknowledged any of it."""
-    FORMER = 17
-    """The end of a former epoch, see `former`: what peers that missed it ask for."""
-
-
-_SPINE_RECORDS = frozenset((RecordKindOf.PROPOSAL, RecordKindOf.NOTARIZE, RecordKindOf.NULLIFY, RecordKindOf.FINALIZE))
-_KEPT_RECORDS = _SPINE_RECORDS | {
-    RecordKindOf.ACK,
-    RecordKindOf.EVIDENCE,
-    RecordKindOf.EQUIVOCATION,
-    RecordKindOf.FREEZE,
-    RecordKindOf.FINAL,
-    RecordKindOf.VOTES,
-}
-_SPINE_FRAMES = frozenset(map(int, Kind))
-# Roots of the newest due checkpoints: a proposal may carry one that the next has overtaken.
-ROOT_COUNT_MAX = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,20 +108,6 @@ class ReplicaConfig:
     founders: tuple[Seat, ...]
     """The committee of epoch 0."""
     public_key: bytes
-
-
-@dataclass(slots=True)
-class _Gathered:
-    """What waits for the next commit, and what its durability sets free."""
-
-    records: list[Record] = field(default_factory=list)
-    promises: list[Promise] = field(default_factory=list)
-    freezes: list[FreezeEntry] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    is_urgent: bool = False
-    """Somebody waits for it."""
-    due_ns: int | None = None
-    """When it is to be stored all the same; None: nothing is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,35 +128,7 @@ class _Final:
         return FinalChain(tuple(each.raw for each in self.chain[:-1]), self.certificate.raw)
 
 
-@dataclass(slots=True)
-class _Capture:
-    """A checkpoint that is due here and waits for a quorum to agree on its root."""
-
-    height: int
-    root: Hash
-    meta: bytes
-    buckets: LazyBuckets
-    head: SnapshotHead
-    records: list[Record]
-    """All that happened since, after what was not final then."""
-    store_at_ns: int | None = None
-    """When it is to be stored; None: nobody has agreed to it yet."""
-    is_staging: bool = False
-    """The shell was told to write its buckets."""
-    is_staged: bool = False
-    """It has done so."""
-    proof: bytes = b""
-    """CBOR of the FinalChain whose first proposal carries the root."""
-
-
-@dataclass(frozen=True, slots=True)
-class _InCommit:
-    acks: tuple[AckEntry, ...]
-    promises: tuple[Promise, ...]
-    freezes: tuple[FreezeEntry, ...]
-    rows: tuple[Row, ...]
-    own_seq: int
-    capture: _Capture | None
+_SPINE_FRAMES = frozenset(map(int, Kind))
 
 
 class Replica:
@@ -264,6 +151,8 @@ class Replica:
             sign=sign,
             verify=verify,
         )
+        self.journal = Journal()
+        self.oracle = CutOracle(self)
         self.spine = self._make_spine(
             Base(height=0, hash=config.network_id, time_ms=0, cut={}, closed=()),
         )
@@ -285,24 +174,12 @@ class Replica:
         self.checkpoint_head: SnapshotHead | None = None
         """Of the checkpoint that the store holds: what a joiner is served."""
         self._checkpoint_proof = b""
-        self._capture: _Capture | None = None
-        self._roots: dict[int, Hash] = {}
-        """Height → root of the newest checkpoints that were due here."""
-        self._ordered: dict[Hash, int] = {}
-        """Certified blocks above the final cut that hold class-O operations."""
-        self._uncovered_since_ns: int | None = None
-        self._uncovered_op_count = 0
-        """Certified since the last height that covered all there was, and not covered yet."""
-        self._quiet_since_ns: dict[LaneId, int] = {}
-        self._gathered = _Gathered()
-        self._in_commit: dict[int, _InCommit] = {}
-        self._commit_number = 0
-        self._next_position = 1
         self.durable_own_seq = 0
         self._own_final: list[tuple[int, tuple[str, ...]]] = []
         self._applied_height = 0
         self._observed_index: dict[tuple[RecordKind, str], list[Judged]] | None = None
-        self._now_ns = 0
+        self.now_ns = 0
+        """Of the input at hand."""
         self._counts = [0, 0]
         self._is_recovering = True
 
@@ -313,7 +190,7 @@ class Replica:
             network_id=self._config.network_id,
             voter=committee.index_of.get(self._config.public_key),
             base=base,
-            oracle=self,
+            oracle=self.oracle,
             sign=self._sign,
             verify=self._verify,
         )
@@ -325,7 +202,7 @@ class Replica:
 
     def handle(self, event: Input, now_ns: int) -> tuple[Effect, ...]:
         """Take one input; return what the shell must do, in order."""
-        self._now_ns = now_ns
+        self.now_ns = now_ns
         lanes = self.lanes
         match event:
             case FrameReceived(node_id, frame):
@@ -341,15 +218,12 @@ class Replica:
             case Stored(number):
                 self._on_stored(number)
             case Staged(height):
-                # One that has been overtaken meanwhile is not stored at all.
-                if self._capture is not None and self._capture.height == height:
-                    self._capture.is_staged = True
+                self.journal.staged(height)
             case Tick():
                 lanes.tick(now_ns)
                 self.spine.tick(now_ns)
-                self._wake_to_cover()
-                self._wake_to_store()
-                self._wake_to_commit()
+                self.oracle.wake_to_cover(now_ns)
+                lanes.out += self.journal.wakes(now_ns, stagger_ns=stagger_ns(lanes.voter))
         self._settle()
         out, lanes.out = tuple(lanes.out), []
         return out
@@ -363,30 +237,30 @@ class Replica:
     def _on_frame(self, frame: bytes) -> None:
         kind, value = frame[:1], frame[1:]
         if kind == FRAME_BLOCK:
-            self.lanes.take_block(value, self._now_ns)
+            self.lanes.take_block(value, self.now_ns)
         elif kind == FRAME_ACK:
-            self.lanes.take_ack(value, self._now_ns)
+            self.lanes.take_ack(value, self.now_ns)
         elif kind == FRAME_EVIDENCE:
-            self.lanes.take_evidence(value, self._now_ns)
+            self.lanes.take_evidence(value, self.now_ns)
         elif kind == FRAME_FREEZE:
             if self.handing.take(value):
                 self.lanes.out.append(Send(frame, "spine"))
-                self.spine.poke(self._now_ns)
+                self.spine.poke(self.now_ns)
         elif kind == FRAME_EQUIVOCATION:
             self._learn_equivocation(value)
         elif kind and kind[0] in _SPINE_FRAMES:
-            self.spine.on_frame(Kind(kind[0]), value, self._now_ns)
+            self.spine.on_frame(Kind(kind[0]), value, self.now_ns)
         else:
             raise DecodeError(f"frame of unknown kind {kind.hex()}")
 
     def _learn_equivocation(self, raw: bytes) -> None:
         if self.equivocations.take(raw):
-            self._record(Record(RecordKindOf.EQUIVOCATION, raw))
+            self.journal.record(Record(RecordKindOf.EQUIVOCATION, raw))
             self.lanes.out.append(Send(FRAME_EQUIVOCATION + raw, "evidence"))
-            self.spine.poke(self._now_ns)
+            self.spine.poke(self.now_ns)
 
     def _on_range(self, event: RangeReceived) -> None:
-        lanes, now_ns = self.lanes, self._now_ns
+        lanes, now_ns = self.lanes, self.now_ns
         try:
             for raw in event.acks:
                 lanes.take_ack(raw, now_ns)
@@ -409,7 +283,7 @@ class Replica:
                 self._on_frame(frame)
             elif frame and frame[0] in _SPINE_FRAMES:
                 frames.append((Kind(frame[0]), frame[1:]))
-        self.spine.take_frames(frames, self._now_ns)
+        self.spine.take_frames(frames, self.now_ns)
 
     # ── settling: from what moved to what follows ───────────────────────────────────────────────────────────────
 
@@ -422,7 +296,7 @@ class Replica:
             if has_risen:
                 self.lanes.out.append(Certified(tuple(self.lanes.risen)))
                 self.lanes.risen = {}
-                self.spine.poke(self._now_ns)
+                self.spine.poke(self.now_ns)
             effects = self.spine.drain()
             for effect in effects:
                 self._take_spine_effect(effect)
@@ -437,7 +311,7 @@ class Replica:
     def _note_levels(self) -> None:
         if self.lanes.new_evidence:
             for raw in self.lanes.new_evidence:
-                self._record(Record(RecordKindOf.EVIDENCE, raw))
+                self.journal.record(Record(RecordKindOf.EVIDENCE, raw))
             self.lanes.new_evidence = []
         log, self.lanes.log = self.lanes.log, []
         if log:
@@ -446,79 +320,37 @@ class Replica:
             block = entry.block
             count = len(block.ops)
             if level is Level.OBSERVED:
-                self._record(Record(RecordKindOf.BLOCK, entry.raw, block.lane, block.seq))
+                self.journal.record(Record(RecordKindOf.BLOCK, entry.raw, block.lane, block.seq))
                 self._counts[0] += count
             else:
-                self._record(Record(RecordKindOf.RISEN, _risen(block.lane, block.seq)), is_urgent=False)
+                wake = self.journal.record_lazily(Record(RecordKindOf.RISEN, _risen(block.lane, block.seq)), self.now_ns)
+                if wake is not None:
+                    self.lanes.out.append(wake)
                 self._counts[1] += count
                 self._note_certified(entry)
-            self._tell(Row(position=self._next_position, count=count, level=level, entry=entry))
+            self.journal.tell(Row(position=self.journal.next_position, count=count, level=level, entry=entry))
 
     def _note_certified(self, entry: Entry) -> None:
         # Judged now, while the spine is not waiting for it: the signatures of intents take most of the time.
         judged = self.judged(entry)
         self.state.certify(entry.hash, judged)
-        if entry.block.kind in ORDERED_KINDS:
-            ordered = sum(op.is_ordered for op in judged)
-            if ordered:
-                self._ordered[entry.hash] = ordered
-        self._uncovered_op_count += len(judged)
-        if self._uncovered_since_ns is None:
-            self._uncovered_since_ns = self._now_ns
-            self._wake_to_cover()
-
-    def _wake_to_cover(self) -> None:
-        """A shell may keep its earliest deadline only, so each tick tells ours again while it is ahead."""
-        if self._uncovered_since_ns is None or self._ordered:
-            return
-        # Not later than from now on, should the clock have been put back.
-        self._uncovered_since_ns = min(self._uncovered_since_ns, self._now_ns)
-        due_ns = self._uncovered_since_ns + COVER_MS * NS_PER_MS
-        if due_ns > self._now_ns:
-            self.lanes.out.append(WakeAt(due_ns))
-
-    def _wake_to_commit(self) -> None:
-        gathered = self._gathered
-        if gathered.due_ns is not None and not gathered.is_urgent and gathered.due_ns > self._now_ns:
-            gathered.due_ns = min(gathered.due_ns, self._now_ns + COMMIT_LAZY_MS * NS_PER_MS)
-            self.lanes.out.append(WakeAt(gathered.due_ns))
-
-    def _wake_to_store(self) -> None:
-        capture = self._capture
-        if capture is not None and capture.store_at_ns is not None and capture.store_at_ns > self._now_ns:
-            # Not later than its turn is from now on, should the clock have been put back.
-            capture.store_at_ns = min(capture.store_at_ns, self._now_ns + self._stagger_ns())
-            self.lanes.out.append(WakeAt(capture.store_at_ns))
+        ordered_count = sum(op.is_ordered for op in judged) if entry.block.kind in ORDERED_KINDS else 0
+        self.oracle.note_certified(entry.hash, op_count=len(judged), ordered_count=ordered_count, now_ns=self.now_ns)
 
     def judged(self, entry: Entry) -> tuple[Judged, ...]:
         """A block's operations, judged by themselves."""
         return entry.judged or judge_block(entry, self._intent_verifier)
-
-    def _record(self, record: Record, *, is_urgent: bool = True) -> None:
-        gathered = self._gathered
-        gathered.records.append(record)
-        if is_urgent:
-            gathered.is_urgent = True
-        elif gathered.due_ns is None:
-            gathered.due_ns = self._now_ns + COMMIT_LAZY_MS * NS_PER_MS
-            self.lanes.out.append(WakeAt(gathered.due_ns))
-        if self._capture is not None:
-            self._capture.records.append(record)
-
-    def _tell(self, row: Row) -> None:
-        self._gathered.rows.append(row)
-        self._next_position += row.count
 
     # ── the spine's effects ─────────────────────────────────────────────────────────────────────────────────────
 
     def _take_spine_effect(self, effect: spine_effects.Effect) -> None:
         out = self.lanes.out
         match effect:
-            case Journal(kind, raw):
-                self._record(Record(int(kind), raw))
+            case spine_effects.Journal(kind, raw):
+                self.journal.record(Record(int(kind), raw))
             case Promise():
-                self._record(Record(int(effect.kind), effect.raw))
-                self._gathered.promises.append(effect)
+                self.journal.record(Record(int(effect.kind), effect.raw))
+                self.journal.promise(effect)
                 if isinstance(effect.entry, ProposalEntry):
                     # Our own: the spine knows it only when it is stored, and our vote for it comes right behind.
                     self._lock(effect.entry.proposal)
@@ -541,7 +373,7 @@ class Replica:
                 self._learn_equivocation(make_equivocation(committee.voters[voter], effect.one, effect.other))
 
     def _note_final(self, effect: spine_effects.Finalised) -> None:
-        self._record(Record(RecordKindOf.FINAL, effect.certificate.raw))
+        self.journal.record(Record(RecordKindOf.FINAL, effect.certificate.raw))
         self.newest_final = effect.certificate
         batch = (*effect.proposals, *effect.tail)
         last = self._queue[-1].height if self._queue else self.state.height
@@ -553,7 +385,7 @@ class Replica:
         # They are final, whether or not we have what they cover: blocks that name them need not wait for that.
         for entry in effect.proposals:
             self._final_hashes[entry.proposal.height] = entry.hash
-        self.lanes.on_final_height(self._now_ns)
+        self.lanes.on_final_height(self.now_ns)
 
     def _lock_closes(self, vote: bytes) -> None:
         """We notarise a proposal that closes lanes: nothing of them above is acknowledged here any more."""
@@ -586,19 +418,16 @@ class Replica:
                 assert known is not None
                 above = tuple(block for block in branch if block.block.seq > known.certified_seq)
                 if above:
-                    self.lanes.certify_branch(lane, above, self._now_ns)
+                    self.lanes.certify_branch(lane, above, self.now_ns)
             self._note_levels()
             self._queue.popleft()
             self._apply(final.entry, found, final)
             has_applied = True
         if has_applied:
             self.lanes.clear_trust()
-            self.lanes.on_final_height(self._now_ns)
-            self._uncovered_since_ns = self._now_ns if self.lanes.uncovered else None
-            if not self.lanes.uncovered or self._uncovered_op_count < 0:
-                self._uncovered_op_count = 0
-            self._wake_to_cover()
-            self.spine.poke(self._now_ns)
+            self.lanes.on_final_height(self.now_ns)
+            self.oracle.note_height(self.now_ns)
+            self.spine.poke(self.now_ns)
         return has_applied
 
     def _cover(self, proposal: Proposal) -> Covered | Missing:
@@ -607,7 +436,7 @@ class Replica:
 
     def _apply(self, entry: ProposalEntry, covered: Covered, final: _Final | None) -> None:
         proposal = entry.proposal
-        self._record(Record(RecordKindOf.APPLIED, entry.raw))
+        self.journal.record(Record(RecordKindOf.APPLIED, entry.raw))
         self.state.begin_height(
             height=proposal.height, hash_=entry.hash, time_ms=proposal.time_ms, view=proposal.view, epoch=proposal.epoch
         )
@@ -620,13 +449,12 @@ class Replica:
             judged = self.judged(block)
             verdicts = self.state.apply_block(block.hash, judged, index=index)
             index += len(judged)
-            self._uncovered_op_count -= len(judged)
             if block.block.kind in ORDERED_KINDS or any(verdicts):
                 told = zip(judged, verdicts, strict=True)
                 decided.extend((op, void) for op, void in told if op.is_ordered or (void and not op.void))
             lane_id_, seq = LaneId(block.block.lane), block.block.seq
             self.positions.note(lane_id_, seq, height=proposal.height, first_index=index - len(verdicts), verdicts=verdicts)
-            self._ordered.pop(block.hash, None)
+            self.oracle.note_final(block.hash, op_count=len(judged))
             if block.block.lane == own_id:
                 self._own_final.append((block.block.seq, tuple(verdicts)))
         for lane_id_, branch in covered.branches:
@@ -643,13 +471,13 @@ class Replica:
         ended = self.state.take_ended()
         # What others acknowledged is not in the journal: played back, a lane that was kept would look like nobody's.
         for key in () if self._is_recovering else ended:
-            for lane_id_ in self.lanes.end_writer(key, self._now_ns):
-                self._record(Record(RecordKindOf.LET_GO, lane_id_))
+            for lane_id_ in self.lanes.end_writer(key, self.now_ns):
+                self.journal.record(Record(RecordKindOf.LET_GO, lane_id_))
         self._observed_index = None
         if decided:
-            self._tell(
-                Row(position=self._next_position, count=len(decided), level=Level.FINAL, entry=None, decided=tuple(decided))
-            )
+            position = self.journal.next_position
+            row = Row(position=position, count=len(decided), level=Level.FINAL, entry=None, decided=tuple(decided))
+            self.journal.tell(row)
         if proposal.checkpoint is not None:
             self._on_agreed(proposal.checkpoint, final)
         if proposal.handover is not None:
@@ -665,17 +493,17 @@ class Replica:
     def _freeze(self) -> None:
         frozen = None if self._is_recovering else self.handing.freeze()
         if frozen is not None:
-            self._record(Record(RecordKindOf.FREEZE, frozen.raw))
-            self._gathered.freezes.append(frozen)
+            self.journal.record(Record(RecordKindOf.FREEZE, frozen.raw))
+            self.journal.freeze(frozen)
 
     def _hand_over(self, final: _Final | None) -> None:
         """The epoch's last height is applied: the next committee begins on it."""
         state = self.state
         if final is not None:
             self.links.append(encode(final.proof))
-            self._record(Record(RecordKindOf.LINK, self.links[-1]))
+            self.journal.record(Record(RecordKindOf.LINK, self.links[-1]))
         state.committee.hand_over()
-        self.lanes.change_committee(state.committee.committee, self._now_ns)
+        self.lanes.change_committee(state.committee.committee, self.now_ns)
         self._put_former(self.spine.retire())
         self.spine = self._make_spine(self._base())
         self.handing = self._make_handing()
@@ -730,10 +558,10 @@ class Replica:
             if lane is None:
                 continue
             for entry in lane.tail.values():
-                self._ordered.pop(entry.hash, None)
+                self.oracle.forget_block(entry.hash)
             self.lanes.close(lane.id)
-            self.lanes.waiters_of_closed(lane.id, self._now_ns)
-            self._quiet_since_ns.pop(lane.id, None)
+            self.lanes.waiters_of_closed(lane.id, self.now_ns)
+            self.oracle.forget_lane(lane.id)
 
     # ── checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -750,16 +578,11 @@ class Replica:
         state.cool()
         root = self.tree.root()
         buckets = self.tree.take_dirty()
-        if self._capture is not None:
-            # The one before was never stored; its buckets still must be.
-            buckets = buckets.over(self._capture.buckets)
         base = self._base_records()
-        meta = encode([META_FORMAT, state.height, self._next_position, len(base), list(self._counts), self.links])
-        kept = [record for record in self._gathered.records if record.kind in _KEPT_RECORDS]
-        self._roots[state.height] = root
-        if len(self._roots) > ROOT_COUNT_MAX:
-            del self._roots[min(self._roots)]
-        self._capture = _Capture(state.height, root, meta, buckets, self.tree.head(state.height), [*base, *kept])
+        position = self.journal.next_position
+        meta = encode([META_FORMAT, state.height, position, len(base), list(self._counts), self.links])
+        records = [*base, *self.journal.kept_records()]
+        self.journal.begin_capture(Capture(state.height, root, meta, buckets, self.tree.head(state.height), records))
 
     def _base_records(self) -> list[Record]:
         """What a journal must begin with, now: blocks that are not final, what we promised, proofs."""
@@ -788,81 +611,40 @@ class Replica:
         return records
 
     def _on_agreed(self, ref: CheckpointRef, final: _Final | None) -> None:
-        if self._roots.get(ref.height, ref.root) != ref.root:
+        capture = self.journal.capture
+        if self.journal.roots.get(ref.height, ref.root) != ref.root:
             self.lanes.out.append(Diverged(ref.height))
-        elif self._capture is not None and self._capture.height == ref.height:
-            self._capture.store_at_ns = self._now_ns + self._stagger_ns()
-            self.lanes.out.append(WakeAt(self._capture.store_at_ns))
+        elif capture is not None and capture.height == ref.height:
+            capture.store_at_ns = self.now_ns + stagger_ns(self.lanes.voter)
+            self.lanes.out.append(WakeAt(capture.store_at_ns))
             if final is not None:
-                self._capture.proof = encode(final.proof)
-                self._record(Record(RecordKindOf.PROOF, self._capture.proof))
+                capture.proof = encode(final.proof)
+                self.journal.record(Record(RecordKindOf.PROOF, capture.proof))
 
     # ── commits ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def needs_commit(self) -> bool:
         """Whether CommitReady would give the store something to do."""
-        gathered = self._gathered
-        is_due = gathered.is_urgent or (gathered.due_ns is not None and gathered.due_ns <= self._now_ns)
-        return is_due or self.lanes.has_acks_to_sign or self._has_capture_to_move
-
-    @property
-    def _is_capture_open(self) -> bool:
-        """Whether a checkpoint waits for a quorum to agree on its root."""
-        return self._capture is not None and self._capture.store_at_ns is None
-
-    @property
-    def _is_capture_due(self) -> bool:
-        """Whether a checkpoint is agreed on, and it is our turn to store it."""
-        at_ns = None if self._capture is None else self._capture.store_at_ns
-        return at_ns is not None and at_ns <= self._now_ns
-
-    @property
-    def _has_capture_to_move(self) -> bool:
-        """Whether the store has something to do for a checkpoint that is due: not while its buckets are being written."""
-        capture = self._capture
-        return capture is not None and self._is_capture_due and (capture.is_staged or not capture.is_staging)
-
-    def _stagger_ns(self) -> int:
-        return (self.lanes.voter or 0) % STORE_TURN_COUNT * STORE_STAGGER_MS * NS_PER_MS
+        return self.lanes.has_acks_to_sign or self.journal.is_due(self.now_ns)
 
     def _on_commit_ready(self) -> None:
         acks = self.lanes.sign_own_acks()
         for ack in acks:
-            self._record(Record(RecordKindOf.ACK, ack.raw))
-        capture = self._capture if self._is_capture_due else None
-        if capture is not None and not capture.is_staged:
-            if not capture.is_staging:
-                capture.is_staging = True
-                self.lanes.out.append(Stage(capture.height, capture.buckets))
-            capture = None
-        gathered = self._gathered
-        if not gathered.records and capture is None:
-            return
-        self._gathered = _Gathered()
-        self._commit_number += 1
+            self.journal.record(Record(RecordKindOf.ACK, ack.raw))
         own_seq = 0 if self.lanes.own is None else self.lanes.own.head_seq
-        self._in_commit[self._commit_number] = _InCommit(
-            acks, tuple(gathered.promises), tuple(gathered.freezes), tuple(gathered.rows), own_seq, capture
-        )
-        if capture is None:
-            self.lanes.out.append(Commit(self._commit_number, tuple(gathered.records)))
-            return
-        self._capture = None
-        self.lanes.out.append(
-            Commit(self._commit_number, tuple(capture.records), CheckpointStart(capture.height, capture.meta))
-        )
+        self.lanes.out += self.journal.begin_commit(acks, own_seq=own_seq, now_ns=self.now_ns)
 
     def _on_stored(self, number: int) -> None:
-        done = self._in_commit.pop(number)
+        done = self.journal.stored(number)
         self.durable_own_seq = max(self.durable_own_seq, done.own_seq)
         if done.rows:
             self.lanes.out.append(Notify(done.rows))
         for ack in done.acks:
-            self.lanes.on_own_ack_stored(ack, self._now_ns)
+            self.lanes.on_own_ack_stored(ack, self.now_ns)
         for promise in done.promises:
             if _epoch_of(promise.entry) == self.spine.epoch:
-                self.spine.stored(promise, self._now_ns)
+                self.spine.stored(promise, self.now_ns)
         for frozen in done.freezes:
             self.handing.count_own(frozen)
             self.lanes.out.append(Send(FRAME_FREEZE + frozen.raw, "spine"))
@@ -872,7 +654,7 @@ class Replica:
                 if former.final_height <= done.capture.height:
                     former.trim()
         if done.freezes:
-            self.spine.poke(self._now_ns)
+            self.spine.poke(self.now_ns)
 
     # ── what the lanes ask of the order ─────────────────────────────────────────────────────────────────────────
 
@@ -895,118 +677,6 @@ class Replica:
     def is_lane_closed(self, lane: LaneId) -> bool:
         """See lanes.Order."""
         return self.state.is_closed(lane)
-
-    # ── what the spine asks of us ───────────────────────────────────────────────────────────────────────────────
-
-    def is_wanted(self) -> bool:
-        """See spine.Oracle."""
-        if self._queue:
-            # What is final must be applied before more is asked for.
-            return False
-        if self._ordered:
-            return True
-        since_ns = self._uncovered_since_ns
-        if since_ns is not None and self.lanes.uncovered:
-            is_old = self._now_ns >= since_ns + COVER_MS * NS_PER_MS
-            if is_old or self._uncovered_op_count >= COVER_OP_COUNT:
-                return True
-        if self._is_capture_open or self.state.committee.decision is not None or self.equivocations.pending():
-            return True
-        return self.lanes.superseded_count >= CLOSE_WANTED_COUNT and bool(self._closable())
-
-    def next_cut(self, parent_cut: Callable[[bytes], int]) -> tuple[Head, ...]:
-        """See spine.Oracle."""
-        moved = (lane for lane in map(self.lanes.get, self.lanes.uncovered) if lane is not None)
-        heads = sorted(
-            (lane.certified for lane in moved if lane.certified_seq > parent_cut(lane.id)), key=lambda head: head.lane
-        )
-        return tuple(heads[:CUT_LANE_COUNT_MAX])
-
-    def is_certified(self, head: Head) -> bool:
-        """See spine.Oracle."""
-        return self.lanes.is_certified(head)
-
-    def extras(self, parent_hash: bytes, height: int) -> Extras:
-        """See spine.Oracle."""
-        ref = None
-        if self._capture is not None and self._is_capture_open:
-            ref = CheckpointRef(self._capture.height, self._capture.root)
-        if parent_hash == self.state.hash:
-            handover = self.handing.plan()
-            if handover is not None:
-                # What it covers is all that can be certified in this epoch: it needs no closes of ours beside.
-                return Extras(handover=handover)
-        # Voters may know of acks that we do not: after a view that failed, whatever need not be proposed is left out.
-        may_close = self.spine.view <= self.spine.final.view + 2
-        return Extras(closes=self._closable() if may_close else (), checkpoint=ref, equivocations=self.equivocations.pending())
-
-    def _closable(self) -> tuple[Head, ...]:
-        """Lanes to close: left behind or forked, everything of them final, and quiet for a while."""
-        closes: list[Head] = []
-        open_keys: set[bytes] = set()
-        for lane in sorted(self.lanes.superseded(), key=lambda lane: lane.id):
-            if lane is self.lanes.own or not self.lanes.is_quiet(lane):
-                self._quiet_since_ns.pop(lane.id, None)
-                open_keys.add(lane.public_key)
-                continue
-            since_ns = self._quiet_since_ns.setdefault(lane.id, self._now_ns)
-            if self._now_ns - since_ns < CLOSE_QUIET_MS * NS_PER_MS:
-                open_keys.add(lane.public_key)
-            elif lane.public_key not in open_keys:
-                # Its end is that of all older ones of its key as well, so these must be ready for it too.
-                closes.append(lane.certified)
-        return tuple(closes[:CLOSE_COUNT_MAX])
-
-    def check_extras(self, proposal: Proposal, now_ms: int) -> Verdict:
-        """See spine.Oracle."""
-        if proposal.time_ms < now_ms - SPINE_BEHIND_MS_MAX:
-            # See claims: else a lying leader grants leases that are over when they begin.
-            return Verdict.REFUSE
-        if proposal.equivocations and not self.equivocations.holds(proposal.equivocations):
-            committee = self.state.committee.committee
-            leader = committee.node_ids[committee.leader(proposal.view)]
-            self.lanes.out.append(Fault(leader, f"proposed in view {proposal.view} to ban somebody without proof"))
-            return Verdict.REFUSE
-        closes = {head.lane for head in proposal.closes}
-        for head in proposal.closes:
-            verdict = self._check_close(head)
-            if verdict is not Verdict.ACCEPT:
-                return verdict
-            for lane in self.lanes.older(LaneId(head.lane)):
-                # It would end with this one, whatever of it is certified or acknowledged and not covered.
-                if lane.id not in closes and max(lane.acked_seq, lane.certified_seq) > lane.final_seq:
-                    return Verdict.REFUSE
-        if proposal.checkpoint is not None:
-            verdict = self._check_checkpoint(proposal.checkpoint)
-            if verdict is not Verdict.ACCEPT:
-                return verdict
-        if proposal.handover is None:
-            return Verdict.ACCEPT
-        if proposal.parent != self.state.hash:
-            return Verdict.WAIT
-        return self.handing.check(proposal.handover)
-
-    def is_banned(self, voter: int) -> bool:
-        """See spine.Oracle."""
-        return self.state.is_banned(self.state.committee.committee.voters[voter])
-
-    def _check_close(self, head: Head) -> Verdict:
-        lane = self.lanes.get(LaneId(head.lane))
-        if self.state.is_closed(LaneId(head.lane)):
-            return Verdict.REFUSE
-        if lane is None:
-            # We acknowledged nothing of it, and never shall: `vote_for_close` sees to that.
-            return Verdict.ACCEPT if head.seq == 0 and self.lanes.is_left(LaneId(head.lane)) else Verdict.WAIT
-        if lane.evidence is None and not self.lanes.is_left(lane.id):
-            return Verdict.WAIT
-        if head.seq != lane.certified_seq or (head.seq and head.hash != lane.certified_hash):
-            return Verdict.WAIT if head.seq > lane.certified_seq else Verdict.REFUSE
-        return Verdict.ACCEPT if lane.acked_seq <= head.seq else Verdict.REFUSE
-
-    def _check_checkpoint(self, ref: CheckpointRef) -> Verdict:
-        if ref.height > self.state.height:
-            return Verdict.WAIT
-        return Verdict.ACCEPT if self._roots.get(ref.height) == ref.root else Verdict.REFUSE
 
     # ── what the view asks of us ────────────────────────────────────────────────────────────────────────────────
 
@@ -1062,9 +732,14 @@ class Replica:
         return self._counts[0], self._counts[1]
 
     @property
+    def has_unapplied(self) -> bool:
+        """Whether heights are final that are not applied here."""
+        return bool(self._queue)
+
+    @property
     def next_position(self) -> int:
         """Of the next change in the feed."""
-        return self._next_position
+        return self.journal.next_position
 
     def certified_seq(self, lane: LaneId) -> int:
         """How far a lane is certified; everything if it is closed; 0 when unknown."""
@@ -1083,7 +758,7 @@ class Replica:
     @property
     def due_checkpoint_height(self) -> int:
         """Of the newest checkpoint that was due in this process's life, stored yet or not; 0: none."""
-        return max(self._roots, default=0)
+        return max(self.journal.roots, default=0)
 
     def missing_ranges(self) -> tuple[Range, ...]:
         """Blocks that a final height covers and that are not here."""
@@ -1142,7 +817,7 @@ class Replica:
         values = decode(meta, tuple[int, int, int, int, list[int], list[bytes]], what="checkpoint")
         if values[0] != META_FORMAT:
             raise DecodeError(f"checkpoint: format {values[0]}, this version knows {META_FORMAT}")
-        _, height, self._next_position, base_count, self._counts, self.links = values
+        _, height, self.journal.next_position, base_count, self._counts, self.links = values
         for number, content in buckets:
             self.tree.load_bucket(number, content)
         state = self.state
@@ -1169,7 +844,7 @@ class Replica:
         Returns:
           Rows for the feed.
         """
-        position, counts = self._next_position, list(self._counts)
+        position, counts = self.journal.next_position, list(self._counts)
         match record.kind:
             case RecordKindOf.BLOCK:
                 self.lanes.recover_block(record.body)
@@ -1197,13 +872,12 @@ class Replica:
                 self._recover_proof(record.body)
             case kind:
                 self._recover_spine(Kind(kind), record.body)
-        if record.kind in _KEPT_RECORDS and self._capture is not None:
-            self._capture.records.append(record)
+        if record.kind in KEPT_RECORDS and self.journal.capture is not None:
+            self.journal.capture.records.append(record)
         self._note_levels()
-        rows = tuple(self._gathered.rows)
-        self._gathered = _Gathered()
+        rows = self.journal.forget_gathered()
         if is_repeat:
-            self._next_position, self._counts = position, counts
+            self.journal.next_position, self._counts = position, counts
             return ()
         return rows
 
@@ -1211,8 +885,8 @@ class Replica:
         ref = parse_final_chain(raw).first.proposal.checkpoint
         if self.checkpoint_head is not None and ref is not None and ref.height == self.checkpoint_head.height:
             self._checkpoint_proof = raw
-        elif self._capture is not None and ref is not None and ref.height == self._capture.height:
-            self._capture.store_at_ns, self._capture.proof = 0, raw
+        elif (capture := self.journal.capture) is not None and ref is not None and ref.height == capture.height:
+            capture.store_at_ns, capture.proof = 0, raw
 
     def _recover_spine(self, kind: Kind, raw: bytes) -> None:
         # What an epoch's last commits hold may come after the record that ended it.
@@ -1237,7 +911,7 @@ class Replica:
 
     def finish_recovery(self) -> None:
         """After the last record: forget what recovery gathered for commits that have long been made."""
-        self._gathered = _Gathered()
+        self.journal.forget_gathered()
         self._own_final = []
         self._applied_height = self.state.height
         self.lanes.finish_recovery()
@@ -1266,7 +940,7 @@ class Replica:
         meta = [
             META_FORMAT,
             snapshot.ref.height,
-            self._next_position + 1,
+            self.journal.next_position + 1,
             len(records),
             list(self._counts),
             list(snapshot.offer.links),

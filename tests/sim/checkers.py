@@ -47,11 +47,12 @@ from formation.state.checkpoint import StateTree
 from formation.state.claims import SPACES, STOP_MS_MAX, stop_after_ms
 from formation.state.fold import PLACEMENT, State
 from formation.state.frames import FRAME_BLOCK, FRAME_FREEZE
+from formation.state.journal import RecordKindOf
 from formation.state.judge import Judged
 from formation.state.lane import LaneId, lane_key, parse_block
 from formation.state.lanes import ORPHAN_ACK_COUNT_MAX
 from formation.state.membership import CommitteeState, parse_freeze
-from formation.state.replica import RecordKindOf, Replica
+from formation.state.replica import Replica
 from formation.state.spine import PROPOSALS_PER_VIEW_MAX, VIEW_AHEAD_MAX
 from formation.state.spine_values import Kind, parse_proposal, parse_vote
 from formation.state.store import Record

@@ -23,7 +23,7 @@ from formation.core.event import Seat
 from formation.core.ids import NodeId, node_id_of
 from formation.state import checkpoint, gossip, spine_book, sync
 from formation.state import lanes as lanes_module
-from formation.state import replica as replica_module
+from formation.state import oracle as oracle_module
 from formation.state.catchup import Outcome, Push, Round, answer_from_memory, answer_from_store, gather, sync_round
 from formation.state.committee import Committee
 from formation.state.effects import (
@@ -49,10 +49,11 @@ from formation.state.effects import (
     WakeAt,
 )
 from formation.state.joining import Snapshot, join
+from formation.state.journal import RecordKindOf
 from formation.state.lane import LaneId
 from formation.state.limits import PeerLimits
 from formation.state.op import PlainOp
-from formation.state.replica import RecordKindOf, Replica, ReplicaConfig
+from formation.state.replica import Replica, ReplicaConfig
 from formation.state.store import MemoryDisk, MemoryStore, Record
 from tests.sim.byzantine import Liar
 from tests.sim.checkers import Checkers, InvariantError, Tap, breach, claims_of, replica_root
@@ -1097,12 +1098,12 @@ def _opened(disk: MemoryDisk) -> MemoryStore:
 @contextmanager
 def _small(plan: Plan) -> Iterator[None]:
     """Limits that a short run can reach."""
-    before = checkpoint.CHECKPOINT_OP_COUNT, spine_book.FINAL_KEPT_COUNT, replica_module.CLOSE_QUIET_MS
+    before = checkpoint.CHECKPOINT_OP_COUNT, spine_book.FINAL_KEPT_COUNT, oracle_module.CLOSE_QUIET_MS
     tail_before = lanes_module.TAIL_COUNT_MAX
     if plan.tail_count_max:
         lanes_module.TAIL_COUNT_MAX = plan.tail_count_max
     if plan.close_quiet_ms:
-        replica_module.CLOSE_QUIET_MS = plan.close_quiet_ms
+        oracle_module.CLOSE_QUIET_MS = plan.close_quiet_ms
     if plan.checkpoint_op_count:
         checkpoint.CHECKPOINT_OP_COUNT = plan.checkpoint_op_count
     if plan.final_kept_count:
@@ -1110,7 +1111,7 @@ def _small(plan: Plan) -> Iterator[None]:
     try:
         yield
     finally:
-        checkpoint.CHECKPOINT_OP_COUNT, spine_book.FINAL_KEPT_COUNT, replica_module.CLOSE_QUIET_MS = before
+        checkpoint.CHECKPOINT_OP_COUNT, spine_book.FINAL_KEPT_COUNT, oracle_module.CLOSE_QUIET_MS = before
         lanes_module.TAIL_COUNT_MAX = tail_before
 
 

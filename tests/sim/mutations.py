@@ -24,6 +24,7 @@ from formation.state.fold import State
 from formation.state.lane import NO_HASH, Entry, Head
 from formation.state.lanes import Lanes
 from formation.state.membership import Handover, plan_handover
+from formation.state.oracle import CutOracle
 from formation.state.replica import Replica
 from formation.state.spine import Spine, Verdict
 from formation.state.spine_values import Kind
@@ -201,14 +202,14 @@ _mutation(
 
 
 def _told_at_once(self: Replica) -> None:
-    known = set(self._in_commit)
+    known = set(self.journal._in_commit)
     _READY(self)
-    for number in set(self._in_commit) - known:
+    for number in set(self.journal._in_commit) - known:
         _STORED(self, number)
 
 
 def _stored_once(self: Replica, number: int) -> None:
-    if number in self._in_commit:
+    if number in self.journal._in_commit:
         _STORED(self, number)
 
 
@@ -297,7 +298,7 @@ _mutation(
 _mutation(
     "a lane is closed below what was acknowledged",
     "byzantine",
-    (Replica, "_check_close", lambda self, head: Verdict.ACCEPT),
+    (CutOracle, "_check_close", lambda self, head: Verdict.ACCEPT),
     (Lanes, "older", lambda self, lane: []),
     change=lambda plan: replace(plan, behaviours=(("lead-close",),), voter_count=4),
 )
@@ -350,7 +351,7 @@ _mutation(
 _mutation(
     "any root is a checkpoint's",
     "byzantine",
-    (Replica, "_check_checkpoint", lambda self, ref: Verdict.ACCEPT),
+    (CutOracle, "_check_checkpoint", lambda self, ref: Verdict.ACCEPT),
     change=lambda plan: replace(plan, behaviours=(("lead-root",),), checkpoint_op_count=4, voter_count=4),
 )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from formation.state.replica import RecordKindOf, Replica
+from formation.state.journal import RecordKindOf
+from formation.state.replica import Replica
 from formation.state.store import Record
 from tests.sim.cluster import Cluster, SimulationError, run
 from tests.sim.faults import MUST_HOLD

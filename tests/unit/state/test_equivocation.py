@@ -20,10 +20,10 @@ from formation.state.equivocation import (
     parse_equivocation,
 )
 from formation.state.frames import FRAME_EQUIVOCATION
+from formation.state.journal import RecordKindOf
 from formation.state.judge import judge_block
 from formation.state.lane import NO_HASH
 from formation.state.op import event_op
-from formation.state.replica import RecordKindOf
 from formation.state.spine_values import (
     EQUIVOCATION_COUNT_MAX,
     EQUIVOCATION_SIZE_MAX_BYTES,
@@ -280,7 +280,7 @@ def test_a_proof_survives_a_restart() -> None:
     again = make_replica()
     again.recover(Record(RecordKindOf.EQUIVOCATION, two_votes()), is_repeat=False)
     assert again.equivocations.pending() == (two_votes(),)
-    assert again.is_wanted()
+    assert again.oracle.is_wanted()
     assert again.equivocation_frames() == (FRAME_EQUIVOCATION + two_votes(),)
 
 
@@ -292,7 +292,7 @@ def test_two_votes_that_come_in_convict_by_themselves() -> None:
     assert faults(effects) == ["voted two ways in view 5"]
     assert replica.equivocations.pending() == (two_votes(),)
     settle(replica)
-    assert replica.is_wanted()
+    assert replica.oracle.is_wanted()
 
 
 def test_two_proposals_convict_by_their_headers() -> None:

@@ -6,14 +6,16 @@ import pytest
 
 from formation.core.event import CommitteeProposed, NodeAdmitted, Topic
 from formation.state import former as former_module
+from formation.state import replica as replica_module
 from formation.state import sync
 from formation.state.catchup import answer_from_memory
 from formation.state.effects import Commit, Effect, SpineReceived, Stage
 from formation.state.final_chain import final_chain_holds, parse_final_chain
 from formation.state.former import FORMER_EPOCH_COUNT_MAX, FormerEpoch
+from formation.state.journal import RecordKindOf
 from formation.state.lookup import OpRef, proofs_of
 from formation.state.op import event_op
-from formation.state.replica import RecordKindOf, Replica
+from formation.state.replica import Replica
 from formation.state.store import MemoryDisk, MemoryStore
 from tests.fuzz.network import Network
 from tests.unit.state.replicas import KEYS, NETWORK_ID, make_replica, node_id, seats, verify
@@ -95,7 +97,7 @@ def test_any_final_operation_of_the_log_is_proven_after_a_restart() -> None:
     assert proofs_of(network.restarted(1), ref).acks == ()
 
 
-def test_an_operation_of_the_epoch_before_is_proven_too() -> None:
+def test_an_operation_of_the_epoch_before_is_proven_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """While its block is in the log: by the former committee, before and after a restart."""
     network = Stored()
     network.submit(0, Topic.COMMITTEE, event_op(NodeAdmitted(), node_id(5)))
@@ -103,8 +105,7 @@ def test_an_operation_of_the_epoch_before_is_proven_too() -> None:
     ref = own_ref(network.replicas[0])
     height = network.replicas[0].state.height
     # Nobody agrees on a checkpoint meanwhile, so the journal does not begin anew.
-    for replica in network.replicas:
-        replica._stagger_ns = lambda: 1 << 60  # type: ignore[method-assign]
+    monkeypatch.setattr(replica_module, "stagger_ns", lambda voter: 1 << 60)
     change_committee(network)
     for replica in (network.replicas[0], network.restarted(0)):
         assert replica.spine.epoch == 1

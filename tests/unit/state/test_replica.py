@@ -13,11 +13,12 @@ from formation.state.chain import WINDOW_COUNT_MAX
 from formation.state.effects import Commit, CommitReady, Notify, RangeReceived, Send, Stored, Submit, Tick, WakeAt
 from formation.state.feed import Level
 from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EVIDENCE
+from formation.state.journal import RecordKindOf
 from formation.state.lane import Head, LaneId
 from formation.state.lanes import HEARD_MS_MAX, ORPHAN_ACK_COUNT_MAX
 from formation.state.limits import GUEST_BURST_COUNT
 from formation.state.op import event_op
-from formation.state.replica import RecordKindOf, Replica
+from formation.state.replica import Replica
 from tests.unit.state.replicas import (
     KEYS,
     NOW_NS,

@@ -31,7 +31,7 @@ from formation.p2p.service import P2pService
 from formation.p2p.transport import TaskStatus
 from formation.state.effects import Tick, WakeAt
 from formation.state.feed import Change, Level
-from formation.state.replica import RecordKindOf
+from formation.state.journal import RecordKindOf
 from formation.state.service import StateService
 from formation.state.store import MemoryDisk, MemoryStore
 
