@@ -68,6 +68,8 @@ ManifestBytes = Annotated[bytes, msgspec.Meta(min_length=1, max_length=24 * 1024
 """CBOR of a SignedGenesis (core/manifest.py): 31 voters with two addresses each take 10 KiB."""
 Links = Annotated[tuple[Annotated[bytes, msgspec.Meta(max_length=48 * 1024)], ...], msgspec.Meta(max_length=16)]
 """CBOR of a FinalChain for each change of a committee; who is further behind says it in several operations."""
+ProofBytes = Annotated[bytes, msgspec.Meta(min_length=1, max_length=64 * 1024)]
+"""A part of what proves an account; all of it must fit into one operation."""
 Servers = Annotated[tuple[Seat, ...], msgspec.Meta(max_length=31)]
 """Nodes that answer for a network; none: its founders. Hints only: what they say is proven."""
 
@@ -535,9 +537,9 @@ class AccountImported(Event, frozen=True, kw_only=True):
     effect, writer = Effect.ORDERED, Writer.NODE
 
     links: Links
-    checkpoint: Annotated[bytes, msgspec.Meta(min_length=1)]
+    checkpoint: ProofBytes
     """CBOR of the FinalChain whose first proposal carries the root's newest checkpoint."""
-    item: Annotated[bytes, msgspec.Meta(min_length=1)]
+    item: ProofBytes
     """CBOR of the ItemProof of the root's item `account/ACCOUNT_ID`."""
 
 
