@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
@@ -73,20 +73,16 @@ from formation.state.fold import NO_SUCH_OBJECT
 from formation.state.gossip import TOPICS, Outbox, topic_name
 from formation.state.joining import Snapshot
 from formation.state.judge import account_of, check_event, judge_intent, object_id_of
-from formation.state.lane import BLOCK_OP_COUNT_MAX, LANE_ID_SIZE_BYTES, Entry, LaneId
+from formation.state.lane import LANE_ID_SIZE_BYTES, Entry, LaneId
 from formation.state.limits import PeerLimits
-from formation.state.op import OP_SIZE_MAX_BYTES, PlainOp, delegated_op, estimated_size_bytes, event_op, intent_op
+from formation.state.op import PlainOp, delegated_op, event_op, intent_op
 from formation.state.replica import Replica, ReplicaConfig
+from formation.state.status import StateStatus, VoterStatus
 from formation.state.store import Store
 from formation.state.syncer import Syncer
 from formation.state.view import View
+from formation.state.writes import Done, Token, Write, WriteRequest, Writes
 
-# Writes that wait for a block: some seconds' worth at full speed. Beyond, callers are told to come back.
-WRITE_COUNT_MAX = 8192
-# Writes of ours that wait for a level; with the window of 64 blocks this is what a caller may have under way.
-WAITING_COUNT_MAX = 65_536
-# Operations of one block by their estimate, leaving room for its header and 64 deps below 256 KiB.
-BLOCK_OPS_SIZE_MAX_BYTES = 240 * 1024
 # Commits begin at least this far apart: a disk that syncs in 0.2 ms would else have each of us acknowledge each block by
 # itself, and it is messages that cost. After a pause the first begins at once.
 COMMIT_INTERVAL_S = 0.002
@@ -100,92 +96,6 @@ CLOCK_SKEW_MS = 500
 _logger = structlog.get_logger(__name__)
 
 __all__ = ["Change", "Gap", "Level", "StateService", "StateStatus", "Token", "View", "VoterStatus", "WriteRequest"]
-
-
-class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a write stands: wait for its level, or read it at another node."""
-
-    lane: str
-    """84 hex digits."""
-    seq: int
-
-
-class WriteRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """An operation that a program wants written."""
-
-    verb: str
-    object_id: str
-    body: bytes
-    """CBOR map of the event's fields; empty with an intent."""
-    account: bytes | None = None
-    """32-byte key of the account in whose name the node shall write, under a delegation."""
-    intent: bytes | None = None
-    """COSE_Sign1 of an account's intent."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VoterStatus:
-    """One member of the committee, as seen from here."""
-
-    name: str
-    node_id: str
-    is_online: bool
-    """It is this node, or its link is up."""
-    last_ack_age_s: float | None
-    """Seconds since we last learnt of a new ack of it; None: never in this process's life."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateStatus:
-    """How the replicated state is doing."""
-
-    voters: tuple[VoterStatus, ...]
-    quorum_size: int
-    has_quorum: bool
-    """Enough voters are online for certificates."""
-    is_voter: bool
-    may_write: bool
-    """It votes, or a voter admitted it."""
-    lane_count: int
-    observed_count: int
-    certified_count: int
-    final_count: int
-    """Operations in the final order."""
-    uncertified_count: int
-    """Blocks in open lanes that wait for a quorum."""
-    uncovered_count: int
-    """Certified blocks that wait for the spine."""
-    evidence_count: int
-    """Lanes that their authors forked."""
-    is_level: bool
-    """The last sync round found nothing missing here."""
-    position: int
-    """Of the newest change."""
-    epoch: int
-    height: int
-    """Of the spine, applied here."""
-    spine_view: int
-    spine_time_ms: int
-    """By which leases expire; 0: nothing is final yet."""
-    silent_voters: tuple[str, ...]
-    """NodeIds that have not voted in the present view, while one is under way."""
-    checkpoint_height: int
-    """Of the newest checkpoint that is stored here; 0: none yet."""
-    dropped_frame_count: int
-    """Frames of peers that sent more than their rate."""
-    clock_ahead_ms: int
-    """How far the newest block waits for its time: this machine's clock is ahead of the voters' by about that."""
-
-
-@dataclass(slots=True, eq=False)
-class _Write:
-    kind: Topic
-    op: PlainOp
-    size_bytes: int
-    level: Level
-    done: Callable[[Token | FormationError], None]
-    seq: int = 0
-    index: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -236,10 +146,7 @@ class StateService:
         self._wake_changed = trio.Event()
         self._commits: deque[Commit] = deque()
         self._staging: _Staging | None = None
-        self._writes: deque[_Write] = deque()
-        self._waiting: dict[Level, deque[_Write]] = {level: deque() for level in Level}
-        """Our own placed writes that wait for a level, in the order of their blocks."""
-        self._placed_count = self._done_count = 0
+        self._writes = Writes()
         self._levelled: dict[tuple[LaneId, int, Level], trio.Event] = {}
         self._fault_count = 0
         self._limits = PeerLimits()
@@ -375,20 +282,13 @@ class StateService:
         try:
             await done.wait()
         except trio.Cancelled:
-            if write in self._writes:
-                self._writes.remove(write)
+            self._writes.withdraw(write)
             raise
         if isinstance(result[0], FormationError):
             raise result[0]
         return result[0]
 
-    def _enqueue(self, kind: Topic, op: PlainOp, level: Level, done: Callable[[Token | FormationError], None]) -> _Write:
-        size_bytes = estimated_size_bytes(op)
-        if size_bytes > OP_SIZE_MAX_BYTES:
-            raise UsageError(
-                f"an operation of about {size_bytes} bytes, the limit is {OP_SIZE_MAX_BYTES}",
-                hint="put large data into the image",
-            )
+    def _enqueue(self, kind: Topic, op: PlainOp, level: Level, done: Done) -> Write:
         if self.replica.state.is_banned(self._key.public_key):
             # Also while its lane is still open: nobody begins to acknowledge what it writes now.
             raise DeniedError(
@@ -404,16 +304,11 @@ class StateService:
             raise UnavailableError("the node is not ready yet", hint="try again in a moment")
         if not self._is_ready:
             raise UnavailableError("the node is not ready yet", hint="try again in a moment")
-        if len(self._writes) >= WRITE_COUNT_MAX or self._placed_count - self._done_count >= WAITING_COUNT_MAX:
-            raise UnavailableError(
-                f"{len(self._writes)} writes wait already", hint="is there a quorum? formation status shows it"
-            )
-        write = _Write(kind, op, size_bytes, level, done)
-        self._writes.append(write)
+        write = self._writes.put(kind, op, level, done)
         self._commit_wanted.set()
         return write
 
-    def submit_nowait(self, ops: Sequence[WriteRequest], level: Level, done: Callable[[Token | FormationError], None]) -> None:
+    def submit_nowait(self, ops: Sequence[WriteRequest], level: Level, done: Done) -> None:
         """Write what a program asks for; `done` is called once, when all of it has reached the level, or with why not.
 
         At level FINAL an operation that turns out to have no effect ends in a ConflictError.
@@ -647,7 +542,7 @@ class StateService:
             self._staging = None
             buckets = dict(snapshot.buckets)
             await trio.to_thread.run_sync(self._store.checkpoint, meta, buckets, records, limiter=self._limiter)
-            self._fail_waiting(UnavailableError("the node began anew with a snapshot", hint="try again"))
+            self._writes.fail_all(UnavailableError("the node began anew with a snapshot", hint="try again"))
             self._recover()
             self._open_lane()
         finally:
@@ -656,14 +551,6 @@ class StateService:
         self._fed = trio.Event()
         self._handle(Tick())
         self._commit_wanted.set()
-
-    def _fail_waiting(self, error: FormationError) -> None:
-        self._done_count = self._placed_count
-        for queue in (self._writes, *self._waiting.values()):
-            waiting = list(queue)
-            queue.clear()
-            for write in waiting:
-                write.done(error)
 
     # ── the machine and its effects ─────────────────────────────────────────────────────────────────────────────
 
@@ -725,43 +612,27 @@ class StateService:
     def _note_certified(self, lanes: tuple[LaneId, ...]) -> None:
         own = self.replica.own_lane
         if own in lanes:
-            self._release(Level.CERTIFIED, self.replica.certified_seq(own))
-            if self._writes:
+            self._writes.release(Level.CERTIFIED, self.replica.certified_seq(own), own)
+            if self._writes.are_waiting:
                 # A certificate makes room for them in our own window.
                 self._commit_wanted.set()
         self._release_levelled()
 
     def _note_final(self, effect: Finalised) -> None:
-        waiting = self._waiting[Level.FINAL]
         for seq, voids in effect.own:
-            while waiting and waiting[0].seq <= seq:
-                write = waiting.popleft()
-                void = voids[write.index] if write.seq == seq else ""
-                self._done_count += 1
-                write.done(ConflictError(void, hint="formation op show tells where it stands") if void else self._token(write))
+            self._writes.release_final(seq, voids, self.replica.own_lane)
         self._release_levelled()
         self._follow_committee()
         if self._is_ready and self.replica.own_lane is None:
             # Admitted, dismissed, or the spine closed our lane: somebody used our key elsewhere. What it did not take is void,
             # and numbers of the next lane must not be taken for those of this one.
-            self._fail_waiting(UnavailableError("the network closed this node's lane before it took this", hint="try again"))
+            self._writes.fail_all(UnavailableError("the network closed this node's lane before it took this", hint="try again"))
             if self.replica.state.may_write(self._key.public_key):
                 self._open_lane()
-
-    def _release(self, level: Level, seq: int) -> None:
-        waiting = self._waiting[level]
-        while waiting and waiting[0].seq <= seq:
-            write = waiting.popleft()
-            self._done_count += 1
-            write.done(self._token(write))
 
     def _release_levelled(self) -> None:
         for at in [at for at in self._levelled if self._has_reached(*at)]:
             self._levelled.pop(at).set()
-
-    def _token(self, write: _Write) -> Token:
-        lane = self.replica.own_lane
-        return Token(lane="" if lane is None else lane.hex(), seq=write.seq)
 
     def _follow_committee(self) -> None:
         """Link with whoever votes now, and with the admitted nodes if we vote."""
@@ -804,7 +675,7 @@ class StateService:
                 if self.replica is not replica:
                     break
                 self._handle(Stored(commit.number))
-                self._release(Level.OBSERVED, self.replica.durable_own_seq)
+                self._writes.release(Level.OBSERVED, self.replica.durable_own_seq, self.replica.own_lane)
                 is_tidy = is_tidy and commit.checkpoint is None
             if self._staging is not None:
                 await self._stage_some(self._staging)
@@ -828,21 +699,9 @@ class StateService:
             self._store.checkpoint(commit.checkpoint.meta, {}, commit.records, staged=commit.checkpoint.height)
 
     def _submit_writes(self) -> None:
-        """Waiting writes become blocks, in order, as many neighbours of one kind in each as fit."""
-        while self._writes and self.replica.has_room:
-            kind, size_bytes = self._writes[0].kind, 0
-            taken: list[_Write] = []
-            while self._writes and self._writes[0].kind is kind and len(taken) < BLOCK_OP_COUNT_MAX:
-                size_bytes += self._writes[0].size_bytes
-                if taken and size_bytes > BLOCK_OPS_SIZE_MAX_BYTES:
-                    break
-                taken.append(self._writes.popleft())
-            seq = self.replica.own_head_seq + 1
-            self._placed_count += len(taken)
-            for index, write in enumerate(taken):
-                write.seq, write.index = seq, index
-                self._waiting[write.level].append(write)
-            self._handle(Submit(kind, tuple(write.op for write in taken)))
+        """Waiting writes become blocks, in order, as long as there is room for them."""
+        while self.replica.has_room and (taken := self._writes.take_block(self.replica.own_head_seq + 1)):
+            self._handle(Submit(taken[0].kind, tuple(write.op for write in taken)))
 
     async def _tick_loop(self) -> None:
         while True:
