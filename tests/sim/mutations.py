@@ -175,6 +175,7 @@ _mutation(
     "twins",
     (Lanes, "finish_recovery", _forget_acks),
     change=lambda plan: replace(plan, crash_count=6, delay_ms_max=40.0, loss=0.05),
+    seeds=200,
 )
 
 

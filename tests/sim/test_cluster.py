@@ -11,7 +11,7 @@ from tests.sim.cluster import Cluster, SimulationError, run
 from tests.sim.faults import MUST_HOLD
 
 # More than a thousand in all, and less than four minutes on two cores.
-SEED_COUNT = 60
+SEED_COUNT = 45
 SEEDS_PER_TEST = 12
 assert SEED_COUNT * len(MUST_HOLD) >= 1_000
 
