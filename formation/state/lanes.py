@@ -23,7 +23,6 @@ Everything costs what moved, never what is: idle lanes are touched by nothing he
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -57,6 +56,7 @@ from formation.state.lane import (
 )
 from formation.state.limits import AuthorRates
 from formation.state.op import PlainOp
+from formation.state.orphans import OrphanAcks
 from formation.state.sync import FrontierIndex, FrontierRow, Range
 
 # Kinds of blocks that may hold class-O operations.
@@ -64,16 +64,13 @@ ORDERED_KINDS = frozenset(cls.topic.value for cls in EVENT_TYPES if cls.op_class
 # A fast honest clock is delayed by what it is fast beyond this, never refused (design/state section 3, rule 1).
 AHEAD_MS_MAX = 500
 # Incarnations of one key that are open at once. The spine closes those left behind within seconds of its next height, and
-# makes one when they are many (replica.CLOSE_WANTED_COUNT); a key that opens more is a flood, 2 KiB of memory each.
+# makes one when they are many (oracle.CLOSE_WANTED_COUNT); a key that opens more is a flood, 2 KiB of memory each.
 LANES_PER_KEY_MAX = 256
 # Two incarnations of a key are at least this far apart by their own word: a flood of them would be from the future.
 LANE_OPEN_INTERVAL_MS = 100
 # A voter whose acks always come last is still heard so often, by an ack of which the signature is checked: people are told
 # of voters that were silent for longer than some seconds.
 HEARD_MS_MAX = 1_000
-# Acks of one voter that came before their lane's first block. Their signatures hold, so only a voter itself can push its own
-# out, by more of them; what falls out comes back by sync. Full ones of ten liars take 14 MB.
-ORPHAN_ACK_COUNT_MAX = 16
 # Two full blocks exceed a frame; such evidence travels by sync.
 EVIDENCE_FRAME_SIZE_MAX_BYTES = 300 * 1024
 # Certified blocks that wait for the spine, over all lanes. Beyond, we stop acknowledging: the spine must catch up first.
@@ -168,11 +165,8 @@ class Lanes:
         """Lanes whose certified number rose since the owner last took it."""
         self.last_ack_ns: dict[int, int] = {}
         """Voter → when we last learnt of an ack of it."""
-        self._orphans: dict[int, deque[AckEntry]] = {}
-        """Voter → its acks that name lanes that are not here; their signatures hold."""
+        self._orphans = OrphanAcks(self._is_missing)
         self._rates = AuthorRates()
-        self._orphan_lanes: dict[LaneId, int] = {}
-        """How many of them name a lane."""
         self._trusted: dict[bytes, None] = {}
         self._expected: dict[LaneId, int] = {}
         """Lane → number up to which a final cut covers it."""
@@ -238,7 +232,7 @@ class Lanes:
         key = lane_key(lane)
         if self._order.may_write(key) or lane in self._lanes:
             return True
-        return lane in self._orphan_lanes and self._order.has_written(key)
+        return lane in self._orphans and self._order.has_written(key)
 
     def is_left(self, lane: LaneId) -> bool:
         """Whether the lane should come to its end: its author has a newer one, or may not write any more."""
@@ -406,8 +400,8 @@ class Lanes:
         if lane is None:
             raise DecodeError("block: its author opens lanes too fast or too many")
         self._place_block(lane, entry, now_ns)
-        if known is None and lane_id_ in self._orphan_lanes:
-            for orphan in self._take_orphans(lane_id_):
+        if known is None and lane_id_ in self._orphans:
+            for orphan in self._orphans.take(lane_id_):
                 self._count_ack(orphan, now_ns)
 
     def trust(self, hashes: Iterable[bytes]) -> None:
@@ -688,7 +682,7 @@ class Lanes:
         self._book = AckBook()
         self._ack_n = 0
         self._own_acks = {}
-        self._orphans, self._orphan_lanes = {}, {}
+        self._orphans.clear()
         self.last_ack_ns = {}
         for lane in self._lanes.values():
             lane.change_committee(voter_count=len(committee.voters), quorum_size=committee.quorum_size)
@@ -723,8 +717,8 @@ class Lanes:
             return
         if ack.voter >= len(self.committee.voters):
             raise DecodeError("ack: no such voter")
-        # Acks make no lanes: a lying voter would name thousands. It is counted again when a block has made the lane.
-        is_orphan = self._is_orphan(entry)
+        # Counted again when a block has made the lane.
+        is_orphan = self._orphans.wants(entry)
         is_news = any(self._is_news(ack.voter, head) for head in ack.heads)
         if not is_orphan and (not is_news or self._is_late(ack, now_ns)):
             return
@@ -732,46 +726,12 @@ class Lanes:
         if not ack_signature_holds(self._verify, self.committee.voters[ack.voter], entry, network_id=self._network_id):
             raise DecodeError("ack: the signature does not hold")
         if is_orphan:
-            self._put_orphan(entry)
+            self._orphans.put(entry)
         if is_news:
             self._count_ack(entry, now_ns)
 
-    def _is_orphan(self, entry: AckEntry) -> bool:
-        """Whether it is to be kept for the sake of lanes that are not here, and is not yet."""
-        kept = self._orphans.get(entry.ack.voter, ())
-        return bool(self._unknown_lanes(entry)) and all(other.raw != entry.raw for other in kept)
-
-    def _unknown_lanes(self, entry: AckEntry) -> list[LaneId]:
-        lanes = (LaneId(head.lane) for head in entry.ack.heads)
-        return [lane for lane in lanes if lane not in self._lanes and not self._order.is_lane_closed(lane)]
-
-    def _put_orphan(self, entry: AckEntry) -> None:
-        kept = self._orphans.setdefault(entry.ack.voter, deque())
-        kept.append(entry)
-        for head in entry.ack.heads:
-            lane = LaneId(head.lane)
-            self._orphan_lanes[lane] = self._orphan_lanes.get(lane, 0) + 1
-        if len(kept) > ORPHAN_ACK_COUNT_MAX:
-            self._forget_orphan(kept.popleft())
-
-    def _forget_orphan(self, entry: AckEntry) -> None:
-        for head in entry.ack.heads:
-            lane = LaneId(head.lane)
-            self._orphan_lanes[lane] -= 1
-            if not self._orphan_lanes[lane]:
-                del self._orphan_lanes[lane]
-
-    def _take_orphans(self, lane: LaneId) -> list[AckEntry]:
-        """Those that name a lane that is here now; what names no other that is missing is let go."""
-        found = []
-        for voter, kept in self._orphans.items():
-            named = [entry for entry in kept if any(head.lane == lane for head in entry.ack.heads)]
-            found.extend(named)
-            for entry in named:
-                if not self._unknown_lanes(entry):
-                    self._forget_orphan(entry)
-                    self._orphans[voter].remove(entry)
-        return found
+    def _is_missing(self, lane: LaneId) -> bool:
+        return lane not in self._lanes and not self._order.is_lane_closed(lane)
 
     def _count_ack(self, entry: AckEntry, now_ns: int) -> None:
         """An ack of another voter whose signature holds."""

@@ -50,8 +50,8 @@ from formation.state.frames import FRAME_BLOCK, FRAME_FREEZE
 from formation.state.journal import RecordKindOf
 from formation.state.judge import Judged
 from formation.state.lane import LaneId, lane_key, parse_block
-from formation.state.lanes import ORPHAN_ACK_COUNT_MAX
 from formation.state.membership import CommitteeState, parse_freeze
+from formation.state.orphans import ORPHAN_ACK_COUNT_MAX
 from formation.state.replica import Replica
 from formation.state.spine import PROPOSALS_PER_VIEW_MAX, VIEW_AHEAD_MAX
 from formation.state.spine_values import Kind, parse_proposal, parse_vote
@@ -475,7 +475,7 @@ class Checkers:
         tail_count_max = lanes_module.TAIL_COUNT_MAX + WINDOW_COUNT_MAX * len(lanes)
         if lanes.tail_count > tail_count_max:
             breach("I8", f"{lanes.tail_count} certified blocks wait for the spine, the limit is {tail_count_max}")
-        if any(len(orphans) > ORPHAN_ACK_COUNT_MAX for orphans in lanes._orphans.values()):
+        if any(len(lanes._orphans.of(voter)) > ORPHAN_ACK_COUNT_MAX for voter in range(len(lanes.committee.voters))):
             breach("I8", "too many orphan acks")
         if len(lanes._trusted) > 5_000:
             breach("I8", f"{len(lanes._trusted)} trusted hashes")

@@ -13,7 +13,7 @@ from formation.state.claims import Lease
 from formation.state.frames import FRAME_ACK, FRAME_BLOCK
 from formation.state.gossip import pack_frames
 from formation.state.lane import Head
-from formation.state.lanes import ORPHAN_ACK_COUNT_MAX
+from formation.state.orphans import ORPHAN_ACK_COUNT_MAX
 from formation.state.spine_values import Kind, Vote, sign_vote
 from tests.sim.checkers import InvariantError
 from tests.sim.cluster import Cluster
@@ -125,7 +125,7 @@ def _too_many_orphans(cluster: Cluster) -> None:
 
     ack = Ack(epoch=0, voter=3, n=1, heads=())
     kept = sign_ack(fake_sign(b"?"), ack, network_id=NETWORK_ID)
-    cluster.nodes[0].replica.lanes._orphans[3] = deque([kept] * (ORPHAN_ACK_COUNT_MAX + 1))
+    cluster.nodes[0].replica.lanes._orphans._by_voter[3] = deque([kept] * (ORPHAN_ACK_COUNT_MAX + 1))
     cluster.checkers.check_limits(cluster.nodes[0])
 
 

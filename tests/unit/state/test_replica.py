@@ -15,9 +15,10 @@ from formation.state.feed import Level
 from formation.state.frames import FRAME_ACK, FRAME_BLOCK, FRAME_EVIDENCE
 from formation.state.journal import RecordKindOf
 from formation.state.lane import Head, LaneId
-from formation.state.lanes import HEARD_MS_MAX, ORPHAN_ACK_COUNT_MAX
+from formation.state.lanes import HEARD_MS_MAX
 from formation.state.limits import GUEST_BURST_COUNT
 from formation.state.op import event_op
+from formation.state.orphans import ORPHAN_ACK_COUNT_MAX
 from formation.state.replica import Replica
 from tests.unit.state.replicas import (
     KEYS,
@@ -237,8 +238,8 @@ def test_acks_make_no_lanes() -> None:
     for n in range(1, 50):
         take(replica, FRAME_ACK + make_ack(2, make_block(incarnation=n), n=n))
     assert len(replica.lanes) == before
-    assert {voter: len(kept) for voter, kept in replica.lanes._orphans.items()} == {2: ORPHAN_ACK_COUNT_MAX}
-    assert len(replica.lanes._orphan_lanes) == ORPHAN_ACK_COUNT_MAX
+    assert [len(replica.lanes._orphans.of(voter)) for voter in range(4)] == [0, 0, ORPHAN_ACK_COUNT_MAX, 0]
+    assert replica.lanes._orphans.lane_count == ORPHAN_ACK_COUNT_MAX
 
 
 def test_nobody_pushes_out_the_early_acks_of_another() -> None:
@@ -252,12 +253,12 @@ def test_nobody_pushes_out_the_early_acks_of_another() -> None:
         forged = make_ack(3, unknown, n=n)
         take(replica, FRAME_ACK + forged[:-1] + bytes([forged[-1] ^ 1]))
         take(replica, FRAME_ACK + true)
-    assert [kept.raw for kept in replica.lanes._orphans[3]] == [true]
+    assert [kept.raw for kept in replica.lanes._orphans.of(3)] == [true]
     take(replica, FRAME_BLOCK + entry.raw)
     take(replica, FRAME_ACK + make_ack(2, entry, n=99))
     commit(replica)
     assert replica.counts[1] == 1
-    assert 3 not in {v for v, kept in replica.lanes._orphans.items() if kept}, "what names nothing more is let go"
+    assert not replica.lanes._orphans.of(3), "what names nothing more is let go"
 
 
 def dismissed(replica: Replica, index: int = 5) -> None:
