@@ -1,16 +1,24 @@
-"""Peer Discovery: keeps known peers connected and finds those that moved.
+"""Peer Discovery: keeps known peers connected, finds those that moved, and finds others when there are too few.
 
-Each known peer has a task: dial, wait until it goes, dial again. Of a pair that knows each other the one with the
-smaller id dials at once, the other waits a moment; two connections do no harm, they only cost. The waits between
-tries grow to a few seconds only, because a node that came back should be reachable soon, and it dials us, too.
-After some failures the addresses are looked up with the other peers (Kademlia).
+*Known* peers (the manifest's, the committee's) have a task each: dial, wait until it goes, dial again. Of a pair that knows
+each other the one with the smaller id dials at once, the other waits a moment; two connections do no harm, they only cost.
+The waits between tries grow to a few seconds only, because a node that came back should be reachable soon, and it dials
+us, too. After some failures the addresses are looked up with the other peers (Kademlia).
 
-Dead connections are found where they can be seen: by the transport's own pings and by the links' keep-alives.
+*Others* are sought while fewer than LOW_WATER peers are connected: first those that the peer book remembers from earlier
+(`peer_book`), so that a node finds its network with every bootstrap node gone, then those that a walk through the Kademlia
+table tells. Above HIGH_WATER the least useful ones are let go: never known or linked peers, first those that behaved badly,
+then those that came last. Banned peers (`score`) are neither dialled nor kept.
+
+A *partition* is half of the voters out of sight for longer than PARTITION_AFTER_S: `status` says so, and until it has ended
+everybody is tried harder. Dead connections are found where they can be seen: by the transport's own pings and by the links'
+keep-alives.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
@@ -19,20 +27,44 @@ import trio
 from formation.core.errors import UnavailableError
 from formation.core.ids import NodeId
 from formation.p2p.backoff import Backoff
+from formation.p2p.peer_book import PeerBook
 from formation.p2p.presence import Presence
 from formation.p2p.router import PeerTable, dials_first
+from formation.p2p.score import PeerScores
 from formation.p2p.transport import Transport
 
 # Longer than a dial on a LAN takes, shorter than anybody waits for a node.
 COURTESY_S = 0.6
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
+# Whoever sees less than half the voters is of little use to anybody until it sees them again.
+BACKOFF_PARTITIONED_MAX_S = 1.0
 # All addresses of a peer, and a look-up.
 DIAL_TIMEOUT_S = 30.0
 LOOKUP_AFTER_FAILURES = 4
 STABLE_AFTER_S = 3.0
 # A wave of dials at start (handshakes are CPU) would starve what is running already.
 DIAL_CONCURRENCY_MAX = 16
+# Gossip wants 6 to 8 neighbours; a committee of 31 and its observers stay far below the upper mark.
+LOW_WATER = 8
+HIGH_WATER = 96
+SEEK_INTERVAL_S = 5.0
+# Of peers from the book or from hearsay, at once.
+SEEK_DIAL_COUNT = 4
+# The first look of a new node may find nobody who has said where he is.
+SEEK_FIRST_S = 1.0
+# A walk is some twenty small requests; it also keeps our own table fresh.
+WALK_INTERVAL_S = 120.0
+WALK_INTERVAL_LONELY_S = 10.0
+RETRY_FIRST_S = 10.0
+RETRY_MAX_S = 600.0
+# Hearsay that is kept to be tried: the newest.
+HEARSAY_COUNT_MAX = 256
+TRIM_INTERVAL_S = 10.0
+REMEMBER_INTERVAL_S = 60.0
+# Identify needs a moment before a peer has said where it can be dialled.
+REMEMBER_FIRST_S = 2.0
+PARTITION_AFTER_S = 10.0
 
 _logger = structlog.get_logger(__name__)
 
@@ -45,17 +77,55 @@ class _Attempt:
     error: UnavailableError | None = None
 
 
-class Discovery:
-    """Keeps the peers of a table connected."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """How many of the committee's other members we are connected to."""
 
-    def __init__(self, *, transport: Transport, table: PeerTable, presence: Presence, rng: random.Random) -> None:
+    voter_count: int
+    seen_count: int
+    unseen: tuple[NodeId, ...]
+    partitioned_s: float | None
+    """For how long half of them or more have been out of sight; None: they are not, or for a moment only."""
+
+
+class Discovery:
+    """Keeps the peers of a table connected, and enough others.
+
+    Args:
+      save: puts the peer book on disk; blocking, called in a thread when it has changed, must not raise.
+      now_ms: the wall clock, for the book.
+    """
+
+    def __init__(
+        self,
+        *,
+        transport: Transport,
+        table: PeerTable,
+        presence: Presence,
+        scores: PeerScores,
+        book: PeerBook,
+        save: Callable[[bytes], None],
+        now_ms: Callable[[], int],
+        rng: random.Random,
+    ) -> None:
         self._transport = transport
         self._table = table
         self._presence = presence
+        self._scores = scores
+        self._book = book
+        self._save = save
+        self._now_ms = now_ms
         self._rng = rng
         self._nursery: trio.Nursery | None = None
         self._attempts: dict[NodeId, _Attempt] = {}
         self._limiter = trio.CapacityLimiter(DIAL_CONCURRENCY_MAX)
+        self._hearsay: dict[NodeId, tuple[str, ...]] = {}
+        self._retry_at_s: dict[NodeId, tuple[float, float]] = {}
+        """Of peers sought: when to try again, and the wait after that."""
+        self._walked_at_s = float("-inf")
+        self._voters: frozenset[NodeId] = frozenset()
+        self._unseen_since_s: float | None = None
+        self._saving = trio.Lock()
 
     async def run(self) -> None:
         """Dial until cancelled."""
@@ -64,24 +134,72 @@ class Discovery:
             try:
                 for node_id in self._table.known():
                     nursery.start_soon(self._keep_connected, node_id)
+                nursery.start_soon(self._seek_loop)
+                nursery.start_soon(self._trim_loop)
+                nursery.start_soon(self._remember_loop)
                 await trio.sleep_forever()
             finally:
                 self._nursery = None
+                if self._book.is_changed:
+                    # Quick, and there will be no other time.
+                    self._save(self._book.encode())
 
     def note_known(self, node_id: NodeId) -> None:
         """Keep another peer of the table connected from now on."""
         if self._nursery is not None:
             self._nursery.start_soon(self._keep_connected, node_id)
 
+    def note_connection(self, node_id: NodeId, is_up: bool) -> None:
+        """A peer came or went."""
+        if is_up:
+            self._hearsay.pop(node_id, None)
+            self._retry_at_s.pop(node_id, None)
+            if self._nursery is not None:
+                self._nursery.start_soon(self._remember_soon, node_id)
+        self._look()
+
+    # --- sight -------------------------------------------------------------------------------------------------------
+
+    def set_voters(self, voters: frozenset[NodeId]) -> None:
+        """Whom we ought to see."""
+        self._voters = voters - {self._transport.node_id}
+        self._look()
+
+    def sight(self) -> Sight:
+        """Whom of the committee we see."""
+        unseen = tuple(sorted(v for v in self._voters if not self._presence.is_up(v)))
+        since_s = self._unseen_since_s
+        out_s = 0.0 if since_s is None else trio.current_time() - since_s
+        return Sight(
+            voter_count=len(self._voters),
+            seen_count=len(self._voters) - len(unseen),
+            unseen=unseen,
+            partitioned_s=out_s if out_s >= PARTITION_AFTER_S else None,
+        )
+
+    @property
+    def _is_partitioned(self) -> bool:
+        return self.sight().partitioned_s is not None
+
+    def _look(self) -> None:
+        unseen_count = sum(not self._presence.is_up(voter) for voter in self._voters)
+        if not self._voters or 2 * unseen_count < len(self._voters):
+            self._unseen_since_s = None
+        elif self._unseen_since_s is None:
+            self._unseen_since_s = trio.current_time()
+
+    # --- dialling ----------------------------------------------------------------------------------------------------
+
     async def connect(self, node_id: NodeId) -> None:
         """Connect to a peer now, known or not; looks its addresses up if need be.
 
         Raises:
-          UnavailableError: it cannot be found or reached.
+          UnavailableError: it cannot be found or reached, or is banned here.
         """
         if self._presence.is_up(node_id):
             return
-        addresses = self._table.addresses(node_id)
+        self._refuse_banned(node_id)
+        addresses = self._addresses(node_id)
         if addresses:
             try:
                 await self._dial(node_id, addresses)
@@ -94,14 +212,25 @@ class Discovery:
         self._table.learn_addresses(node_id, found)
         await self._dial(node_id, found or addresses)
 
+    def _refuse_banned(self, node_id: NodeId) -> None:
+        if self._scores.is_banned(node_id, now_s=trio.current_time()):
+            raise UnavailableError(f"{node_id} is banned here", hint=f"formation peer unban {node_id}")
+
+    def _addresses(self, node_id: NodeId) -> tuple[str, ...]:
+        """Best first: as given, as looked up, as remembered, as others told."""
+        return tuple(
+            dict.fromkeys(self._table.addresses(node_id) + self._book.addresses(node_id) + self._hearsay.get(node_id, ()))
+        )
+
     async def connect_at(self, node_id: NodeId, addresses: tuple[str, ...]) -> bool:
         """Connect now to a node that need not be known, at these addresses only; False if it was connected already.
 
         Raises:
-          UnavailableError: it cannot be reached there.
+          UnavailableError: it cannot be reached there, or is banned here.
         """
         if self._presence.is_up(node_id):
             return False
+        self._refuse_banned(node_id)
         await self._dial(node_id, addresses)
         return True
 
@@ -122,6 +251,7 @@ class Discovery:
                 await self._transport.dial(node_id, addresses)
         except UnavailableError as exc:
             attempt.error = exc
+            self._book.note_failed(node_id, now_ms=self._now_ms())
             raise
         finally:
             del self._attempts[node_id]
@@ -142,19 +272,126 @@ class Discovery:
                 if trio.current_time() - up_since >= STABLE_AFTER_S:
                     backoff.reset()
             # It may come by itself, and then there is no need to wait.
-            with trio.move_on_after(backoff.next_wait_s()):
+            wait_s = backoff.next_wait_s()
+            with trio.move_on_after(min(wait_s, BACKOFF_PARTITIONED_MAX_S) if self._is_partitioned else wait_s):
                 await self._presence.wait_up(node_id)
 
     async def _try(self, node_id: NodeId, failure_count: int) -> bool:
-        addresses = self._table.addresses(node_id)
+        addresses = self._addresses(node_id)
         try:
             with trio.fail_after(DIAL_TIMEOUT_S):
                 if not addresses or failure_count % LOOKUP_AFTER_FAILURES == LOOKUP_AFTER_FAILURES - 1:
                     await self.connect(node_id)
                 else:
+                    self._refuse_banned(node_id)
                     await self._dial(node_id, addresses)
         except (UnavailableError, trio.TooSlowError) as exc:
             log = _logger.info if failure_count == 0 else _logger.debug
             log("peer not reached", peer=node_id, error=str(exc) or "no answer in time", failure_count=failure_count + 1)
             return False
         return True
+
+    # --- seeking others ----------------------------------------------------------------------------------------------
+
+    async def _seek_loop(self) -> None:
+        await trio.sleep(SEEK_FIRST_S * (0.5 + self._rng.random()))
+        while True:
+            await self._walk_if_due()
+            missing = LOW_WATER - len(self._transport.connected())
+            if missing > 0:
+                await self._seek(min(missing, SEEK_DIAL_COUNT))
+            await trio.sleep(SEEK_INTERVAL_S * (0.5 + self._rng.random()))
+
+    async def _seek(self, count: int) -> None:
+        now_s = trio.current_time()
+        known = set(self._table.known())
+        wanted = [
+            node_id
+            for node_id in dict.fromkeys((*self._book.candidates(), *self._hearsay))
+            if node_id not in known
+            and not self._presence.is_up(node_id)
+            and not self._scores.is_banned(node_id, now_s=now_s)
+            and self._retry_at_s.get(node_id, (0.0, 0.0))[0] <= now_s
+        ]
+        async with trio.open_nursery() as nursery:
+            for node_id in wanted[:count]:
+                nursery.start_soon(self._seek_one, node_id)
+
+    async def _seek_one(self, node_id: NodeId) -> None:
+        wait_s = self._retry_at_s.get(node_id, (0.0, RETRY_FIRST_S))[1]
+        self._retry_at_s[node_id] = (
+            trio.current_time() + wait_s * (0.5 + 0.5 * self._rng.random()),
+            min(2 * wait_s, RETRY_MAX_S),
+        )
+        try:
+            with trio.fail_after(DIAL_TIMEOUT_S):
+                await self._dial(node_id, self._addresses(node_id))
+        except (UnavailableError, trio.TooSlowError) as exc:
+            _logger.debug("sought peer not reached", peer=node_id, error=str(exc) or "no answer in time")
+            if self._book.addresses(node_id) == () and wait_s >= RETRY_MAX_S:
+                # Hearsay that was never true.
+                self._hearsay.pop(node_id, None)
+                self._retry_at_s.pop(node_id, None)
+
+    async def _walk_if_due(self) -> None:
+        connected = self._transport.connected()
+        is_lonely = len(connected) < LOW_WATER or self._is_partitioned
+        now_s = trio.current_time()
+        if not connected or now_s - self._walked_at_s < (WALK_INTERVAL_LONELY_S if is_lonely else WALK_INTERVAL_S):
+            return
+        self._walked_at_s = now_s
+        try:
+            found = await self._transport.find_peers()
+        except UnavailableError:
+            return  # the network is being made anew
+        for node_id, addresses in found.items():
+            if addresses and node_id != self._transport.node_id and not self._presence.is_up(node_id):
+                self._hearsay.pop(node_id, None)
+                self._hearsay[node_id] = addresses
+        while len(self._hearsay) > HEARSAY_COUNT_MAX:
+            gone = next(iter(self._hearsay))
+            del self._hearsay[gone]
+            self._retry_at_s.pop(gone, None)
+
+    async def _trim_loop(self) -> None:
+        while True:
+            await trio.sleep(TRIM_INTERVAL_S)
+            now_s = trio.current_time()
+            spare = [
+                state
+                for state in self._table.states(now_s=now_s)
+                if state.connected and not state.is_known and not state.linked and state.node_id not in self._voters
+            ]
+            surplus = len(self._transport.connected()) - HIGH_WATER
+            if surplus > 0:
+                spare.sort(key=lambda state: (self._scores.score_of(state.node_id, now_s=now_s).score, state.since_s))
+                for state in spare[:surplus]:
+                    _logger.debug("let go: too many peers", peer=state.node_id)
+                    await self._transport.close_peer(state.node_id)
+
+    # --- the book ----------------------------------------------------------------------------------------------------
+
+    async def _remember_soon(self, node_id: NodeId) -> None:
+        await trio.sleep(REMEMBER_FIRST_S)
+        if self._presence.is_up(node_id):
+            is_new = node_id not in self._book
+            self._book.note_seen(node_id, self._told(node_id), now_ms=self._now_ms())
+            if is_new and node_id in self._book:
+                # A node that is killed a moment later shall still know it.
+                await self.save_book()
+
+    async def _remember_loop(self) -> None:
+        while True:
+            await trio.sleep(REMEMBER_INTERVAL_S)
+            for node_id in self._transport.connected():
+                self._book.note_seen(node_id, self._told(node_id), now_ms=self._now_ms())
+            await self.save_book()
+
+    async def save_book(self) -> None:
+        """Put the book on disk, if it has changed."""
+        async with self._saving:
+            if self._book.is_changed:
+                await trio.to_thread.run_sync(self._save, self._book.encode())
+
+    def _told(self, node_id: NodeId) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self._table.addresses(node_id), *self._transport.told_addresses(node_id))))

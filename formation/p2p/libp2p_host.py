@@ -8,7 +8,7 @@ here and in the `libp2p_*` files beside.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
@@ -20,7 +20,7 @@ from formation.core.errors import HostError, UnavailableError, UsageError
 from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
 from formation.p2p.libp2p_gossip import running_gossip
-from formation.p2p.libp2p_kad import Kad
+from formation.p2p.libp2p_kad import Kad, dialable
 from formation.p2p.libp2p_patches import apply_patches
 from formation.p2p.libp2p_setup import check_free, dial_address, listen_address, make_host, parse_address, parse_id
 from formation.p2p.libp2p_stream import Libp2pStream
@@ -81,6 +81,7 @@ class Libp2pTransport:
         self._handlers: dict[str, StreamHandler] = {}
         self._topics: dict[str, tuple[Validate, Deliver]] = {}
         self._callbacks: list[ConnectionCallback] = []
+        self._is_refused: Callable[[NodeId], bool] = lambda node_id: False
         self._up: set[NodeId] = set()
         self._host: Any = None
         self._gossip: Any = None
@@ -223,12 +224,20 @@ class Libp2pTransport:
             if self._nursery is not None:
                 self._nursery.start_soon(_close_connection, connection)
 
+    def refuse_peers(self, is_refused: Callable[[NodeId], bool]) -> None:
+        """See Transport."""
+        self._is_refused = is_refused
+
     def on_connection(self, callback: ConnectionCallback) -> None:
         """See Transport."""
         self._callbacks.append(callback)
 
     def note_connection(self, node_id: NodeId, is_up: bool) -> None:
         """A first connection came or a last one went (called by the library's notifee)."""
+        if is_up and self._is_refused(node_id):
+            if self._nursery is not None:
+                self._nursery.start_soon(self.close_peer, node_id)
+            return
         if is_up == (node_id in self._up):
             return
         if is_up:
@@ -244,6 +253,20 @@ class Libp2pTransport:
         """See Transport."""
         self._running_host()
         return () if self._kad is None else await self._kad.find_addresses(node_id)
+
+    async def find_peers(self) -> dict[NodeId, tuple[str, ...]]:
+        """See Transport."""
+        self._running_host()
+        return {} if self._kad is None else await self._kad.find_peers()
+
+    def told_addresses(self, node_id: NodeId) -> tuple[str, ...]:
+        """See Transport."""
+        if self._host is None:
+            return ()
+        try:
+            return dialable(node_id, self._host.get_peerstore().addrs(parse_id(node_id)))
+        except Exception:  # noqa: BLE001 - the library raises for "unknown"
+            return ()
 
     # --- streams -----------------------------------------------------------------------------------------------------
 
@@ -270,6 +293,9 @@ class Libp2pTransport:
     def _stream_handler(self, handler: StreamHandler) -> Any:
         async def handle(library_stream: Any) -> None:
             node_id = NodeId(library_stream.muxed_conn.peer_id.to_base58())
+            if self._is_refused(node_id):
+                await library_stream.reset()
+                return
             if not await serve_one(handler, node_id, Libp2pStream(library_stream, node_id)):
                 self._stream_failed_count += 1
 

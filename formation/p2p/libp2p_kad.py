@@ -1,7 +1,9 @@
-"""Kademlia on libp2p 0.8.1, for one purpose: where is a peer that we lost? Nothing else depends on it."""
+"""Kademlia on libp2p 0.8.1, for two purposes: where is a peer that we lost, and who else is there?"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from typing import Any
 
 import structlog
@@ -12,8 +14,11 @@ from libp2p.tools.anyio_service import background_trio_service
 
 from formation.core.ids import NodeId
 from formation.p2p.libp2p_setup import parse_id
+from formation.p2p.peer_book import is_dialable
 
 FIND_TIMEOUT_S = 5.0
+# Kademlia's k: what one walk tells.
+FOUND_COUNT_MAX = 20
 # Identify needs a moment before a peer has addresses that the routing table accepts.
 ROUTING_FEED_DELAYS_S = (0.5, 2.0, 5.0)
 
@@ -73,5 +78,25 @@ class Kad:
         except Exception as exc:  # noqa: BLE001 - the library raises for "unknown", too
             _logger.debug("address lookup failed", peer=node_id, error=repr(exc))
             return ()
-        texts = (str(address).removesuffix(f"/p2p/{node_id}") for address in known)
-        return tuple(text for text in texts if "/tcp/" in text and "/0.0.0.0/" not in text and "/ip6/::/" not in text)
+        return dialable(node_id, known)
+
+    async def find_peers(self) -> dict[NodeId, tuple[str, ...]]:
+        """Who stands near a random point of the key space, as others tell; a walk there refreshes our own table as well."""
+        try:
+            with trio.move_on_after(FIND_TIMEOUT_S):
+                if not self._is_running:
+                    return {}
+                found = await self._dht.peer_routing.find_closest_peers_network(os.urandom(32))
+                peerstore = self._host.get_peerstore()
+                own = self._host.get_id()
+                ids = [peer_id for peer_id in found[:FOUND_COUNT_MAX] if peer_id != own]
+                return {NodeId(p.to_base58()): dialable(NodeId(p.to_base58()), peerstore.addrs(p)) for p in ids}
+        except Exception as exc:  # noqa: BLE001 - the library raises for "unknown", too
+            _logger.debug("walk failed", error=repr(exc))
+        return {}
+
+
+def dialable(node_id: NodeId, addresses: Iterable[Any]) -> tuple[str, ...]:
+    """Multiaddrs of the library's as ours, without those that nobody can dial."""
+    texts = (str(address).removesuffix(f"/p2p/{node_id}") for address in addresses)
+    return tuple(text for text in texts if is_dialable(text))

@@ -159,8 +159,20 @@ class Transport(Protocol):
         """Multiaddrs of a peer that others know; () if nobody does."""
         ...
 
+    def told_addresses(self, node_id: NodeId) -> tuple[str, ...]:
+        """Where a connected peer says that it can be dialled, and where we dialled it; () until it has said so."""
+        ...
+
+    async def find_peers(self) -> dict[NodeId, tuple[str, ...]]:
+        """Some peers that others know, with their addresses; another few each time. Hearsay: nobody proved it."""
+        ...
+
     async def close_peer(self, node_id: NodeId) -> None:
         """Close all connections to a peer at once, without waiting for it. Never raises."""
+        ...
+
+    def refuse_peers(self, is_refused: Callable[[NodeId], bool]) -> None:
+        """Have nothing to do with peers of whom this holds: what they open is closed, and nobody hears of it. Before `run`."""
         ...
 
     def on_connection(self, callback: ConnectionCallback) -> None:
