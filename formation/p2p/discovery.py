@@ -5,10 +5,12 @@ each other the one with the smaller id dials at once, the other waits a moment; 
 The waits between tries grow to a few seconds only, because a node that came back should be reachable soon, and it dials
 us, too. After some failures the addresses are looked up with the other peers (Kademlia).
 
-*Others* are sought while fewer than LOW_WATER peers are connected: first those that the peer book remembers from earlier
-(`peer_book`), so that a node finds its network with every bootstrap node gone, then those that a walk through the Kademlia
-table tells. Above HIGH_WATER the least useful ones are let go: never known or linked peers, first those that behaved badly,
-then those that came last. Banned peers (`score`) are neither dialled nor kept.
+*Others* are sought while fewer than LOW_WATER peers are connected, in turn from those that the peer book remembers from
+earlier (`peer_book`), so that a node finds its network with every bootstrap node gone, and from those that a walk through
+the Kademlia table told (hearsay: tried in random order, a few addresses each and not for long, so that lies cost little and
+cannot hide what is true). Above HIGH_WATER the least useful ones are let go: never known or linked peers or voters, first
+those that behaved badly, then those that only called on us, then those that came last. Refused peers (`score`) are neither
+dialled nor kept.
 
 A *partition* is half of the voters out of sight for longer than PARTITION_AFTER_S: `status` says so, and until it has ended
 everybody is tried harder. Dead connections are found where they can be seen: by the transport's own pings and by the links'
@@ -18,6 +20,7 @@ keep-alives.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -27,10 +30,10 @@ import trio
 from formation.core.errors import UnavailableError
 from formation.core.ids import NodeId
 from formation.p2p.backoff import Backoff
-from formation.p2p.peer_book import PeerBook
+from formation.p2p.peer_book import PeerBook, is_dialable
 from formation.p2p.presence import Presence
 from formation.p2p.router import PeerTable, dials_first
-from formation.p2p.score import PeerScores
+from formation.p2p.score import PeerScores, Refusal
 from formation.p2p.transport import Transport
 
 # Longer than a dial on a LAN takes, shorter than anybody waits for a node.
@@ -45,15 +48,20 @@ LOOKUP_AFTER_FAILURES = 4
 STABLE_AFTER_S = 3.0
 # A wave of dials at start (handshakes are CPU) would starve what is running already.
 DIAL_CONCURRENCY_MAX = 16
-# Gossip wants 6 to 8 neighbours; a committee of 31 and its observers stay far below the upper mark.
+# Gossip wants 6 to 8 neighbours. Each connection costs 90 KB and some CPU for keep-alives; the upper mark leaves the host's own
+# limit (libp2p_setup.CONNECTION_COUNT_MAX) room for those that come between two looks.
 LOW_WATER = 8
-HIGH_WATER = 96
+HIGH_WATER = 192
 SEEK_INTERVAL_S = 5.0
 # Of peers from the book or from hearsay, at once.
 SEEK_DIAL_COUNT = 4
+# A peer that is there answers in a second; one that never was must not hold the others up.
+SEEK_TIMEOUT_S = 10.0
+SEEK_ADDRESS_COUNT_MAX = 3
 # The first look of a new node may find nobody who has said where he is.
 SEEK_FIRST_S = 1.0
-# A walk is some twenty small requests; it also keeps our own table fresh.
+# A walk is some twenty small requests; it also keeps our own table fresh. A small network stays below LOW_WATER for ever: the
+# wait doubles while nothing new is told.
 WALK_INTERVAL_S = 120.0
 WALK_INTERVAL_LONELY_S = 10.0
 RETRY_FIRST_S = 10.0
@@ -62,6 +70,8 @@ RETRY_MAX_S = 600.0
 HEARSAY_COUNT_MAX = 256
 TRIM_INTERVAL_S = 10.0
 REMEMBER_INTERVAL_S = 60.0
+# Strangers that come by the hundred must not cost an fsync each.
+SAVE_INTERVAL_S = 5.0
 # Identify needs a moment before a peer has said where it can be dialled.
 REMEMBER_FIRST_S = 2.0
 PARTITION_AFTER_S = 10.0
@@ -119,30 +129,36 @@ class Discovery:
         self._nursery: trio.Nursery | None = None
         self._attempts: dict[NodeId, _Attempt] = {}
         self._limiter = trio.CapacityLimiter(DIAL_CONCURRENCY_MAX)
+        self._visited: set[NodeId] = set()
+        """Connected for a visit only: perhaps of another network, and nothing to remember."""
         self._hearsay: dict[NodeId, tuple[str, ...]] = {}
         self._retry_at_s: dict[NodeId, tuple[float, float]] = {}
         """Of peers sought: when to try again, and the wait after that."""
         self._walked_at_s = float("-inf")
+        self._walk_wait_s = WALK_INTERVAL_LONELY_S
         self._voters: frozenset[NodeId] = frozenset()
         self._unseen_since_s: float | None = None
         self._saving = trio.Lock()
+        self._save_wanted = trio.Event()
 
     async def run(self) -> None:
         """Dial until cancelled."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            try:
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 for node_id in self._table.known():
                     nursery.start_soon(self._keep_connected, node_id)
                 nursery.start_soon(self._seek_loop)
                 nursery.start_soon(self._trim_loop)
                 nursery.start_soon(self._remember_loop)
+                nursery.start_soon(self._save_loop)
                 await trio.sleep_forever()
-            finally:
-                self._nursery = None
-                if self._book.is_changed:
-                    # Quick, and there will be no other time.
-                    self._save(self._book.encode())
+        finally:
+            # Behind the nursery: no thread writes the file any more.
+            self._nursery = None
+            if self._book.is_changed:
+                # Quick, and there will be no other time.
+                self._save(self._book.encode())
 
     def note_known(self, node_id: NodeId) -> None:
         """Keep another peer of the table connected from now on."""
@@ -151,9 +167,12 @@ class Discovery:
 
     def note_connection(self, node_id: NodeId, is_up: bool) -> None:
         """A peer came or went."""
-        if is_up:
+        if not is_up:
+            self._visited.discard(node_id)
+        else:
             self._hearsay.pop(node_id, None)
             self._retry_at_s.pop(node_id, None)
+            self._walk_wait_s = WALK_INTERVAL_LONELY_S
             if self._nursery is not None:
                 self._nursery.start_soon(self._remember_soon, node_id)
         self._look()
@@ -194,27 +213,32 @@ class Discovery:
         """Connect to a peer now, known or not; looks its addresses up if need be.
 
         Raises:
-          UnavailableError: it cannot be found or reached, or is banned here.
+          UnavailableError: it cannot be found or reached, or is refused here.
         """
         if self._presence.is_up(node_id):
             return
-        self._refuse_banned(node_id)
+        self._check_refused(node_id)
         addresses = self._addresses(node_id)
+        failure: UnavailableError | None = None
         if addresses:
             try:
                 await self._dial(node_id, addresses)
-            except UnavailableError:
+            except UnavailableError as exc:
                 if self._presence.is_up(node_id):  # it dialled us meanwhile
                     return
+                failure = exc
             else:
                 return
         found = tuple(address for address in await self._transport.find_addresses(node_id) if address not in addresses)
+        if failure is not None and not found:
+            raise failure
         self._table.learn_addresses(node_id, found)
-        await self._dial(node_id, found or addresses)
+        await self._dial(node_id, found)
 
-    def _refuse_banned(self, node_id: NodeId) -> None:
-        if self._scores.is_banned(node_id, now_s=trio.current_time()):
-            raise UnavailableError(f"{node_id} is banned here", hint=f"formation peer unban {node_id}")
+    def _check_refused(self, node_id: NodeId) -> None:
+        refusal = self._scores.refusal(node_id, now_s=trio.current_time())
+        if refusal is not None:
+            raise UnavailableError(f"this node has nothing to do with {node_id}", hint=refusal_hint(node_id, refusal))
 
     def _addresses(self, node_id: NodeId) -> tuple[str, ...]:
         """Best first: as given, as looked up, as remembered, as others told."""
@@ -226,16 +250,17 @@ class Discovery:
         """Connect now to a node that need not be known, at these addresses only; False if it was connected already.
 
         Raises:
-          UnavailableError: it cannot be reached there, or is banned here.
+          UnavailableError: it cannot be reached there, or is refused here.
         """
         if self._presence.is_up(node_id):
             return False
-        self._refuse_banned(node_id)
-        await self._dial(node_id, addresses)
+        self._check_refused(node_id)
+        self._visited.add(node_id)
+        await self._dial(node_id, addresses, is_kept=False)
         return True
 
-    async def _dial(self, node_id: NodeId, addresses: tuple[str, ...]) -> None:
-        """One dial at a time to each peer: who comes meanwhile shares its outcome."""
+    async def _dial(self, node_id: NodeId, addresses: tuple[str, ...], *, is_kept: bool = True) -> None:
+        """One dial at a time to each peer: who comes meanwhile shares its outcome. If it is kept, the book hears of it."""
         while (attempt := self._attempts.get(node_id)) is not None:
             await attempt.done.wait()
             if self._presence.is_up(node_id):
@@ -248,7 +273,9 @@ class Discovery:
         attempt = self._attempts[node_id] = _Attempt()
         try:
             async with self._limiter:
-                await self._transport.dial(node_id, addresses)
+                address = await self._transport.dial(node_id, addresses)
+            if address and is_kept:
+                self._book.note_reached(node_id, address, now_ms=self._now_ms())
         except UnavailableError as exc:
             attempt.error = exc
             self._book.note_failed(node_id, now_ms=self._now_ms())
@@ -283,7 +310,7 @@ class Discovery:
                 if not addresses or failure_count % LOOKUP_AFTER_FAILURES == LOOKUP_AFTER_FAILURES - 1:
                     await self.connect(node_id)
                 else:
-                    self._refuse_banned(node_id)
+                    self._check_refused(node_id)
                     await self._dial(node_id, addresses)
         except (UnavailableError, trio.TooSlowError) as exc:
             log = _logger.info if failure_count == 0 else _logger.debug
@@ -303,19 +330,25 @@ class Discovery:
             await trio.sleep(SEEK_INTERVAL_S * (0.5 + self._rng.random()))
 
     async def _seek(self, count: int) -> None:
-        now_s = trio.current_time()
-        known = set(self._table.known())
-        wanted = [
-            node_id
-            for node_id in dict.fromkeys((*self._book.candidates(), *self._hearsay))
-            if node_id not in known
-            and not self._presence.is_up(node_id)
-            and not self._scores.is_banned(node_id, now_s=now_s)
-            and self._retry_at_s.get(node_id, (0.0, 0.0))[0] <= now_s
-        ]
+        hearsay = [node_id for node_id in self._hearsay if node_id not in self._book]
+        self._rng.shuffle(hearsay)
+        queues = [deque(filter(self._may_seek, self._book.candidates())), deque(filter(self._may_seek, hearsay))]
+        wanted: list[NodeId] = []
+        while len(wanted) < count and any(queues):
+            # In turn: neither a book of peers long gone nor a heap of lies shall keep us from the other.
+            wanted += [queue.popleft() for queue in queues if queue]
         async with trio.open_nursery() as nursery:
             for node_id in wanted[:count]:
                 nursery.start_soon(self._seek_one, node_id)
+
+    def _may_seek(self, node_id: NodeId) -> bool:
+        now_s = trio.current_time()
+        return (
+            not self._table.is_known(node_id)
+            and not self._presence.is_up(node_id)
+            and self._scores.refusal(node_id, now_s=now_s) is None
+            and self._retry_at_s.get(node_id, (0.0, 0.0))[0] <= now_s
+        )
 
     async def _seek_one(self, node_id: NodeId) -> None:
         wait_s = self._retry_at_s.get(node_id, (0.0, RETRY_FIRST_S))[1]
@@ -324,68 +357,95 @@ class Discovery:
             min(2 * wait_s, RETRY_MAX_S),
         )
         try:
-            with trio.fail_after(DIAL_TIMEOUT_S):
-                await self._dial(node_id, self._addresses(node_id))
+            with trio.fail_after(SEEK_TIMEOUT_S):
+                await self._dial(node_id, self._addresses(node_id)[:SEEK_ADDRESS_COUNT_MAX])
         except (UnavailableError, trio.TooSlowError) as exc:
             _logger.debug("sought peer not reached", peer=node_id, error=str(exc) or "no answer in time")
-            if self._book.addresses(node_id) == () and wait_s >= RETRY_MAX_S:
-                # Hearsay that was never true.
+            if wait_s >= RETRY_MAX_S:
+                # Hearsay that was never true; if it is told again it is tried again.
                 self._hearsay.pop(node_id, None)
-                self._retry_at_s.pop(node_id, None)
 
     async def _walk_if_due(self) -> None:
         connected = self._transport.connected()
         is_lonely = len(connected) < LOW_WATER or self._is_partitioned
         now_s = trio.current_time()
-        if not connected or now_s - self._walked_at_s < (WALK_INTERVAL_LONELY_S if is_lonely else WALK_INTERVAL_S):
+        if not connected or now_s - self._walked_at_s < (self._walk_wait_s if is_lonely else WALK_INTERVAL_S):
             return
         self._walked_at_s = now_s
         try:
             found = await self._transport.find_peers()
         except UnavailableError:
             return  # the network is being made anew
-        for node_id, addresses in found.items():
-            if addresses and node_id != self._transport.node_id and not self._presence.is_up(node_id):
-                self._hearsay.pop(node_id, None)
-                self._hearsay[node_id] = addresses
+        told = {
+            node_id: addresses
+            for node_id, addresses in found.items()
+            if addresses and node_id != self._transport.node_id and not self._presence.is_up(node_id)
+        }
+        is_news = any(node_id not in self._hearsay for node_id in told)
+        is_calm = not is_news and not self._is_partitioned
+        self._walk_wait_s = min(2 * self._walk_wait_s, WALK_INTERVAL_S) if is_calm else WALK_INTERVAL_LONELY_S
+        for node_id, addresses in told.items():
+            self._hearsay.pop(node_id, None)
+            self._hearsay[node_id] = tuple(filter(is_dialable, addresses))[:SEEK_ADDRESS_COUNT_MAX]
         while len(self._hearsay) > HEARSAY_COUNT_MAX:
-            gone = next(iter(self._hearsay))
-            del self._hearsay[gone]
-            self._retry_at_s.pop(gone, None)
+            del self._hearsay[next(iter(self._hearsay))]
+        for node_id in [n for n in self._retry_at_s if n not in self._hearsay and n not in self._book]:
+            del self._retry_at_s[node_id]
 
     async def _trim_loop(self) -> None:
         while True:
             await trio.sleep(TRIM_INTERVAL_S)
-            now_s = trio.current_time()
-            spare = [
-                state
-                for state in self._table.states(now_s=now_s)
-                if state.connected and not state.is_known and not state.linked and state.node_id not in self._voters
-            ]
-            surplus = len(self._transport.connected()) - HIGH_WATER
+            connected = self._transport.connected()
+            surplus = len(connected) - HIGH_WATER
             if surplus > 0:
-                spare.sort(key=lambda state: (self._scores.score_of(state.node_id, now_s=now_s).score, state.since_s))
-                for state in spare[:surplus]:
-                    _logger.debug("let go: too many peers", peer=state.node_id)
-                    await self._transport.close_peer(state.node_id)
+                for node_id in self._least_useful(connected)[:surplus]:
+                    _logger.debug("let go: too many peers", peer=node_id)
+                    await self._transport.close_peer(node_id)
+
+    def _least_useful(self, connected: frozenset[NodeId]) -> list[NodeId]:
+        now_s = trio.current_time()
+        states = {state.node_id: state for state in self._table.states(now_s=now_s)}
+        # One that is not in the table came when it was full: it is the newest, and nothing to anybody.
+        spare = [
+            node_id
+            for node_id in connected - self._voters - self._visited
+            if (state := states.get(node_id)) is None or not (state.is_known or state.linked)
+        ]
+
+        def use(node_id: NodeId) -> tuple[float, bool, float, NodeId]:
+            since_s = states[node_id].since_s if node_id in states else 0.0
+            return (self._scores.score_of(node_id, now_s=now_s).score, self._book.is_proven(node_id), since_s, node_id)
+
+        return sorted(spare, key=use)
 
     # --- the book ----------------------------------------------------------------------------------------------------
 
     async def _remember_soon(self, node_id: NodeId) -> None:
         await trio.sleep(REMEMBER_FIRST_S)
-        if self._presence.is_up(node_id):
-            is_new = node_id not in self._book
-            self._book.note_seen(node_id, self._told(node_id), now_ms=self._now_ms())
-            if is_new and node_id in self._book:
-                # A node that is killed a moment later shall still know it.
-                await self.save_book()
+        is_new = node_id not in self._book
+        self._remember(node_id)
+        if is_new and node_id in self._book:
+            # A node that is killed a moment later shall still know it.
+            self._save_wanted.set()
 
     async def _remember_loop(self) -> None:
         while True:
             await trio.sleep(REMEMBER_INTERVAL_S)
             for node_id in self._transport.connected():
-                self._book.note_seen(node_id, self._told(node_id), now_ms=self._now_ms())
+                self._remember(node_id)
+            self._save_wanted.set()
+
+    def _remember(self, node_id: NodeId) -> None:
+        # Whom we know by the manifest may be remembered, too: it may move.
+        if self._presence.is_up(node_id) and node_id not in self._visited:
+            self._book.note_seen(node_id, self._transport.told_addresses(node_id), now_ms=self._now_ms())
+
+    async def _save_loop(self) -> None:
+        while True:
+            await self._save_wanted.wait()
+            self._save_wanted = trio.Event()
             await self.save_book()
+            await trio.sleep(SAVE_INTERVAL_S)
 
     async def save_book(self) -> None:
         """Put the book on disk, if it has changed."""
@@ -393,5 +453,13 @@ class Discovery:
             if self._book.is_changed:
                 await trio.to_thread.run_sync(self._save, self._book.encode())
 
-    def _told(self, node_id: NodeId) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self._table.addresses(node_id), *self._transport.told_addresses(node_id))))
+
+def refusal_hint(node_id: NodeId, refusal: Refusal) -> str:
+    """What ends a refusal."""
+    match refusal:
+        case Refusal.DENIED:
+            return "it stands in node.deny_peers: take it out there, and start the node again"
+        case Refusal.NOT_ALLOWED:
+            return "node.allow_peers names others only: add it there, and start the node again"
+        case _:
+            return f"formation peer unban {node_id}"

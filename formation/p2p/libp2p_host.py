@@ -24,12 +24,14 @@ from formation.p2p.libp2p_kad import Kad, dialable
 from formation.p2p.libp2p_patches import apply_patches
 from formation.p2p.libp2p_setup import check_free, dial_address, listen_address, make_host, parse_address, parse_id
 from formation.p2p.libp2p_stream import Libp2pStream
+from formation.p2p.score import Offence
 from formation.p2p.serving import serve_one
 from formation.p2p.transport import (
     GOSSIP_SIZE_MAX_BYTES,
     ByteStream,
     ConnectionCallback,
     Deliver,
+    OffenceCallback,
     StreamHandler,
     TaskStatus,
     TransportStatistics,
@@ -81,6 +83,7 @@ class Libp2pTransport:
         self._handlers: dict[str, StreamHandler] = {}
         self._topics: dict[str, tuple[Validate, Deliver]] = {}
         self._callbacks: list[ConnectionCallback] = []
+        self._offence_callbacks: list[OffenceCallback] = []
         self._is_refused: Callable[[NodeId], bool] = lambda node_id: False
         self._up: set[NodeId] = set()
         self._host: Any = None
@@ -168,7 +171,7 @@ class Libp2pTransport:
         status: TaskStatus[None] = task_status
         while True:
             try:
-                async with running_gossip(host, self._take_message, self._topics) as gossip:
+                async with running_gossip(host, self._take_message, self._note_offence, self._topics) as gossip:
                     self._gossip = gossip
                     status.started(None)
                     while True:
@@ -183,13 +186,13 @@ class Libp2pTransport:
 
     # --- peers -------------------------------------------------------------------------------------------------------
 
-    async def dial(self, node_id: NodeId, addresses: Sequence[str]) -> None:
+    async def dial(self, node_id: NodeId, addresses: Sequence[str]) -> str:
         """See Transport."""
         host, peer_id = self._running_host(), parse_id(node_id)
         tried: list[str] = []
         for text in addresses:
             if node_id in self.connected():
-                return
+                return ""
             try:
                 address = dial_address(text, node_id)
                 with trio.fail_after(DIAL_TIMEOUT_S):
@@ -199,7 +202,7 @@ class Libp2pTransport:
                 continue
             host.get_peerstore().add_addrs(peer_id, [address], ADDRESS_TTL_S)
             host._schedule_identify(peer_id, reason="connect")
-            return
+            return str(address)
         raise UnavailableError(
             f"cannot reach {node_id}: " + ("; ".join(tried) if tried else "no address is known"),
             hint="is that node running, and its address right?",
@@ -231,6 +234,14 @@ class Libp2pTransport:
     def on_connection(self, callback: ConnectionCallback) -> None:
         """See Transport."""
         self._callbacks.append(callback)
+
+    def on_offence(self, callback: OffenceCallback) -> None:
+        """See Transport."""
+        self._offence_callbacks.append(callback)
+
+    def _note_offence(self, node_id: NodeId, offence: Offence) -> None:
+        for callback in self._offence_callbacks:
+            callback(node_id, offence)
 
     def note_connection(self, node_id: NodeId, is_up: bool) -> None:
         """A first connection came or a last one went (called by the library's notifee)."""
@@ -264,8 +275,11 @@ class Libp2pTransport:
         if self._host is None:
             return ()
         try:
-            return dialable(node_id, self._host.get_peerstore().addrs(parse_id(node_id)))
-        except Exception:  # noqa: BLE001 - the library raises for "unknown"
+            # Not all addresses that the library has of it: those of others' hearsay are among them.
+            envelope = self._host.get_peerstore().get_peer_record(parse_id(node_id))
+            return () if envelope is None else dialable(node_id, envelope.record().addrs)
+        except Exception as exc:  # noqa: BLE001 - a record may be signed and malformed all the same
+            _logger.debug("peer record not read", peer=node_id, error=repr(exc))
             return ()
 
     # --- streams -----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from formation.p2p.transport import (
     ByteStream,
     ConnectionCallback,
     Deliver,
+    OffenceCallback,
     StreamHandler,
     TaskStatus,
     TransportStatistics,
@@ -174,11 +175,15 @@ class LoopbackTransport:
 
     # --- peers -------------------------------------------------------------------------------------------------------
 
-    async def dial(self, node_id: NodeId, addresses: Sequence[str]) -> None:
+    async def dial(self, node_id: NodeId, addresses: Sequence[str]) -> str:
         """See Transport."""
+        if node_id in self.connected():
+            await trio.lowlevel.checkpoint()
+            return ""
         await trio.sleep(self._network.delay_s())
         if address_of(node_id) not in addresses or not self._network.connect(self._node_id, node_id):
             raise UnavailableError(f"cannot reach {node_id}", hint="is that node running, and its address right?")
+        return address_of(node_id)
 
     def connected(self) -> frozenset[NodeId]:
         """See Transport."""
@@ -217,6 +222,9 @@ class LoopbackTransport:
     def on_connection(self, callback: ConnectionCallback) -> None:
         """See Transport."""
         self._callbacks.append(callback)
+
+    def on_offence(self, callback: OffenceCallback) -> None:
+        """See Transport; here nobody can send what is malformed."""
 
     def note_connection(self, node_id: NodeId, is_up: bool) -> None:
         """A connection came or went (called by the network)."""

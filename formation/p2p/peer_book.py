@@ -1,18 +1,21 @@
 """Peers remembered across restarts: where each was last reached, so that a node finds the network with every bootstrap
 node gone. Pure; times are milliseconds of the wall clock.
 
-A stranger can fill a book with lies, so: an address is written down only after a connection to it was authenticated as that
-peer (libp2p's handshake proves the key), or when a connected peer told it about itself; each network prefix (/24 of IPv4,
-/48 of IPv6) may hold PREFIX_PEER_COUNT_MAX of the book; and the longest unseen goes first. Who lies about its own address
-costs one failed dial now and then. After FAILURE_COUNT_MAX failures in a row, and a week, a peer is forgotten.
+A stranger can fill a book with lies, so: an address is written down only when we reached its peer there (the handshake
+proves the key), which makes the peer *proven*, or when a connected peer told it about itself; what others say of it never.
+Who must make room: the unproven first, so that no number of identities that only call on us drives out one that we reached,
+then the longest unseen. Each network prefix (/24 of IPv4, /48 of IPv6, a domain) may hold PREFIX_PEER_COUNT_MAX of the book.
+Who lies about its own address costs one failed dial now and then. After FAILURE_COUNT_MAX failures in a row, and a week, a
+peer is forgotten.
 
-File: CBOR [version, [[node id, [multiaddr, …], seen ms, failures], …], [node id banned by a person, …]]; see peer_store.
+File: CBOR [version, [[node id, [multiaddr, …], seen ms, failures, proven], …], [node id banned by a person, …]]; see
+peer_store.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections import Counter
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,6 +31,9 @@ PEER_COUNT_MAX = 1024
 PREFIX_PEER_COUNT_MAX = 64
 FAILURE_COUNT_MAX = 10
 FORGOTTEN_AFTER_MS = 7 * 24 * 3600 * 1000
+# Times are kept so exactly: a book whose peers just stay need not be written every minute.
+SEEN_RESOLUTION_MS = 10 * 60 * 1000
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
 @dataclass(slots=True)
@@ -35,11 +41,13 @@ class Remembered:
     """One peer."""
 
     addresses: tuple[str, ...]
-    """Multiaddrs, the newest first."""
+    """Multiaddrs, the newest first; of a proven one the first is where it was reached."""
     seen_ms: int
     """When it was last connected, by our clock."""
     failure_count: int = 0
     """Dials in a row that did not reach it."""
+    is_proven: bool = False
+    """We reached it, by the first of these addresses if it was there lately."""
 
 
 class PeerBook:
@@ -67,18 +75,32 @@ class PeerBook:
         self._banned = tuple(sorted(banned))
         self.is_changed = True
 
-    def note_seen(self, node_id: NodeId, addresses: Iterable[str], *, now_ms: int) -> None:
-        """A peer is connected, and can be dialled at these (none: at those known already)."""
+    def note_reached(self, node_id: NodeId, address: str, *, now_ms: int) -> None:
+        """A dial to this address was answered by this peer."""
+        self._note(node_id, (address,), now_ms)
+        known = self._peers.get(node_id)
+        if known is not None and known.addresses[0] == address and not known.is_proven:
+            known.is_proven = self.is_changed = True
+
+    def note_seen(self, node_id: NodeId, told: Iterable[str], *, now_ms: int) -> None:
+        """A peer is connected, and says that it can be dialled at these (none: at those known already)."""
+        known = self._peers.get(node_id)
+        reached = known.addresses[:1] if known is not None and known.is_proven else ()
+        self._note(node_id, (*reached, *told), now_ms)
+
+    def _note(self, node_id: NodeId, addresses: Iterable[str], now_ms: int) -> None:
         usable = tuple(a for a in addresses if is_dialable(a))
         known = self._peers.get(node_id)
         if node_id == self._own_id or (known is None and not usable):
             return
         if known is None:
-            self._make_room(usable, now_ms)
+            self._make_room(usable)
             known = self._peers[node_id] = Remembered((), now_ms)
-        known.addresses = tuple(dict.fromkeys(usable + known.addresses))[:ADDRESS_COUNT_MAX]
-        known.seen_ms, known.failure_count = max(known.seen_ms, now_ms), 0
-        self.is_changed = True
+            self.is_changed = True
+        merged = tuple(dict.fromkeys(usable + known.addresses))[:ADDRESS_COUNT_MAX]
+        if merged != known.addresses or known.failure_count or now_ms - known.seen_ms >= SEEN_RESOLUTION_MS:
+            known.addresses, known.failure_count, known.seen_ms = merged, 0, max(known.seen_ms, now_ms)
+            self.is_changed = True
 
     def note_failed(self, node_id: NodeId, *, now_ms: int) -> None:
         """A dial did not reach it."""
@@ -95,41 +117,49 @@ class PeerBook:
         known = self._peers.get(node_id)
         return () if known is None else known.addresses
 
+    def is_proven(self, node_id: NodeId) -> bool:
+        """Whether we reached it ourselves once."""
+        known = self._peers.get(node_id)
+        return known is not None and known.is_proven
+
     def candidates(self) -> tuple[NodeId, ...]:
         """Everybody, best first: reached last time, then seen latest."""
         return tuple(sorted(self._peers, key=lambda n: (self._peers[n].failure_count, -self._peers[n].seen_ms, n)))
 
-    def _make_room(self, addresses: tuple[str, ...], now_ms: int) -> None:
+    def _make_room(self, addresses: tuple[str, ...]) -> None:
         prefix = prefix_of(addresses[0])
-        crowd = Counter(prefix_of(known.addresses[0]) for known in self._peers.values())
-        if crowd[prefix] >= PREFIX_PEER_COUNT_MAX:
-            self._drop_oldest(n for n, known in self._peers.items() if prefix_of(known.addresses[0]) == prefix)
+        neighbours = [n for n, known in self._peers.items() if prefix_of(known.addresses[0]) == prefix]
+        if len(neighbours) >= PREFIX_PEER_COUNT_MAX:
+            self._drop_least(neighbours)
         elif len(self._peers) >= PEER_COUNT_MAX:
-            self._drop_oldest(self._peers)
+            self._drop_least(self._peers)
 
-    def _drop_oldest(self, node_ids: Iterable[NodeId]) -> None:
-        del self._peers[min(node_ids, key=lambda n: (self._peers[n].seen_ms, n))]
+    def _drop_least(self, node_ids: Iterable[NodeId]) -> None:
+        del self._peers[min(node_ids, key=lambda n: (self._peers[n].is_proven, self._peers[n].seen_ms, n))]
 
     def encode(self) -> bytes:
         """The file's content."""
         self.is_changed = False
-        rows = [[n, list(k.addresses), k.seen_ms, k.failure_count] for n, k in sorted(self._peers.items())]
+        rows = [[n, list(k.addresses), k.seen_ms, k.failure_count, k.is_proven] for n, k in sorted(self._peers.items())]
         return encode([VERSION, rows, list(self._banned)])
 
-    def read(self, data: bytes) -> None:
-        """Take over a file's content.
+    def read(self, data: bytes, *, now_ms: int) -> None:
+        """Take over a file's content; times that lie ahead count as now.
 
         Raises:
           DecodeError: it is none; the book is as before.
         """
-        version, rows, banned = decode(data, tuple[int, list[tuple[str, list[str], int, int]], list[str]], what="peer book")
+        version, rows, banned = decode(
+            data, tuple[int, list[tuple[str, list[str], int, int, bool]], list[str]], what="peer book"
+        )
         if version != VERSION:
             raise DecodeError(f"peer book: version {version}, this one knows {VERSION}")
         found: dict[NodeId, Remembered] = {}
-        for text, addresses, seen_ms, failure_count in rows[:PEER_COUNT_MAX]:
+        for text, addresses, seen_ms, failure_count, is_proven in rows[:PEER_COUNT_MAX]:
             usable = tuple(a for a in addresses if is_dialable(a))[:ADDRESS_COUNT_MAX]
             if usable and text != self._own_id:
-                found[_node_id(text)] = Remembered(usable, seen_ms, failure_count)
+                seen_ms = max(0, min(seen_ms, now_ms))
+                found[_node_id(text)] = Remembered(usable, seen_ms, max(0, failure_count), is_proven)
         self._banned = tuple(sorted(map(_node_id, banned[:MANUAL_BAN_COUNT_MAX])))
         self._peers, self.is_changed = found, False
 
@@ -143,32 +173,33 @@ def _node_id(text: str) -> NodeId:
 
 
 def is_dialable(address: str) -> bool:
-    """Whether a multiaddr may be worth a dial from elsewhere: IP or DNS name, TCP, a real host and port.
+    """Whether a multiaddr may be worth a dial from elsewhere: IP or DNS name, TCP, a real host and port, and nothing more.
 
-    `/memory/NAME` is the in-memory twin's; on a real network nobody has one.
+    `/memory/NAME` is the in-memory twin's; on a real network nobody has one, and its dial fails at once.
     """
     parts = address.split("/")
     if parts[:2] == ["", "memory"]:
         return len(parts) == 3 and 0 < len(parts[2]) <= 253
-    if len(address) > ADDRESS_LENGTH_MAX or len(parts) < 5 or parts[0] or parts[3] != "tcp":
+    if len(address) > ADDRESS_LENGTH_MAX or len(parts) != 5 or parts[0] or parts[3] != "tcp":
         return False
-    host, port = parts[2], parts[4]
-    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    kind, host, port = parts[1], parts[2], parts[4]
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
         return False
-    if parts[1] in ("ip4", "ip6"):
+    if kind in ("ip4", "ip6"):
         try:
             ip = ipaddress.ip_address(host)
         except ValueError:
             return False
-        return ip.version == int(parts[1][2]) and not (ip.is_unspecified or ip.is_multicast)
-    return parts[1] in ("dns", "dns4", "dns6") and 0 < len(host) <= 253
+        # A zone (`%eth0`) means something on its own machine only.
+        return ip.version == int(kind[2]) and "%" not in host and not (ip.is_unspecified or ip.is_multicast)
+    return kind in ("dns", "dns4", "dns6") and _HOST_NAME.fullmatch(host) is not None
 
 
 def prefix_of(address: str) -> str:
-    """The network that an address is in: /24 of IPv4, /48 of IPv6, the name itself otherwise."""
+    """The network that a dialable address is in: /24 of IPv4, /48 of IPv6, else the last two labels of the name."""
     kind, host = address.split("/")[1:3]
     if kind == "ip4":
         return str(ipaddress.ip_network((host, 24), strict=False))
     if kind == "ip6":
         return str(ipaddress.ip_network((host, 48), strict=False))
-    return host
+    return host if kind == "memory" else ".".join(host.lower().split(".")[-2:])

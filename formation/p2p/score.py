@@ -7,13 +7,13 @@ to BAN_MAX_S. After a ban it starts at half the way down: it may come back, and 
 
 *Protected* peers (the committee, and those that a person named) are scored and shown, and never banned by score: their
 faults are judged by the state layer, which tolerates f of them, and a bug of ours must not cut us off from all of them. A
-person's own ban holds for anybody. Pure; times are seconds of any clock that does not go back.
+person's own ban holds for anybody, and so do the lists of the settings: whom they deny is refused, and where some are
+allowed nobody else but the committee is. Pure; times are seconds of any clock that does not go back.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -41,9 +41,8 @@ class Offence(Enum):
     REJECTED = "rejected"
     """A message that the state layer calls wrong."""
     FLOOD = "flood"
-    """Above its rate; an honest peer in a hurry does so now and then."""
-    BROKEN_OFF = "broken-off"
-    """It opened a request or a link and left it half done."""
+    """A second in which it sent more than its rate. An honest peer does so for a moment, after a pause of ours: 20 in a row
+    are needed for a ban."""
 
     @property
     def weight(self) -> float:
@@ -55,9 +54,17 @@ _WEIGHTS = {
     Offence.MALFORMED: 20.0,
     Offence.BAD_SIGNATURE: 20.0,
     Offence.REJECTED: 10.0,
-    Offence.FLOOD: 1.0,
-    Offence.BROKEN_OFF: 2.0,
+    Offence.FLOOD: 5.0,
 }
+
+
+class Refusal(Enum):
+    """Why a peer is neither dialled nor let in."""
+
+    BANNED_BY_HAND = "ban"
+    BANNED_BY_SCORE = "score"
+    DENIED = "deny_peers"
+    NOT_ALLOWED = "allow_peers"
 
 
 @dataclass(slots=True)
@@ -81,14 +88,23 @@ class PeerScore:
     """"" for none."""
     banned_for_s: float
     """Seconds that its ban still lasts; infinite for a person's; 0: it is not banned."""
+    refusal: Refusal | None
+    """Why we have nothing to do with it; None: we have."""
 
 
 class PeerScores:
-    """The scores and bans of one node."""
+    """The scores and bans of one node.
 
-    def __init__(self, banned: Iterable[NodeId] = ()) -> None:
+    Args:
+      denied: refused always.
+      allowed: if there are any, all others but the protected are refused.
+    """
+
+    def __init__(self, *, denied: frozenset[NodeId] = frozenset(), allowed: frozenset[NodeId] = frozenset()) -> None:
         self._records: dict[NodeId, _Record] = {}
-        self._manual: dict[NodeId, None] = dict.fromkeys(banned)
+        self._manual: set[NodeId] = set()
+        self._denied = denied
+        self._allowed = allowed
         self._protected: frozenset[NodeId] = frozenset()
 
     def protect(self, node_ids: frozenset[NodeId]) -> None:
@@ -127,19 +143,29 @@ class PeerScores:
         """
         if node_id not in self._manual and len(self._manual) >= MANUAL_BAN_COUNT_MAX:
             raise OverflowError(f"{MANUAL_BAN_COUNT_MAX} peers are banned already")
-        self._manual[node_id] = None
+        self._manual.add(node_id)
 
     def unban(self, node_id: NodeId, *, now_s: float) -> bool:
         """Take back a person's ban, or one by score, and forget what was noted; whether it was banned."""
         was_banned = self.is_banned(node_id, now_s=now_s)
-        self._manual.pop(node_id, None)
+        self._manual.discard(node_id)
         self._records.pop(node_id, None)
         return was_banned
 
     def is_banned(self, node_id: NodeId, *, now_s: float) -> bool:
-        """Whether we have nothing to do with it just now."""
+        """Whether a person or its score bans it just now."""
         record = self._records.get(node_id)
         return node_id in self._manual or (record is not None and record.banned_until_s > now_s)
+
+    def refusal(self, node_id: NodeId, *, now_s: float) -> Refusal | None:
+        """Why we have nothing to do with it just now; None: we have."""
+        if node_id in self._denied:
+            return Refusal.DENIED
+        if self._allowed and node_id not in self._allowed and node_id not in self._protected:
+            return Refusal.NOT_ALLOWED
+        if node_id in self._manual:
+            return Refusal.BANNED_BY_HAND
+        return Refusal.BANNED_BY_SCORE if self.is_banned(node_id, now_s=now_s) else None
 
     @property
     def manual_bans(self) -> tuple[NodeId, ...]:
@@ -153,6 +179,7 @@ class PeerScores:
         return PeerScore(
             node_id=node_id,
             score=0.0 if record is None else _decayed(record, now_s),
+            refusal=self.refusal(node_id, now_s=now_s),
             offence_count=0 if record is None else record.offence_count,
             last_offence="" if record is None or record.last_offence is None else record.last_offence.value,
             banned_for_s=float("inf") if node_id in self._manual else left_s,
@@ -160,7 +187,7 @@ class PeerScores:
 
     def scores(self, *, now_s: float) -> tuple[PeerScore, ...]:
         """All of whom we know something, sorted by id."""
-        return tuple(self.score_of(node_id, now_s=now_s) for node_id in sorted({*self._records, *self._manual}))
+        return tuple(self.score_of(node_id, now_s=now_s) for node_id in sorted(self._records.keys() | self._manual))
 
     def _make_room(self, now_s: float) -> None:
         if len(self._records) < PEER_COUNT_MAX:

@@ -21,11 +21,13 @@ from formation.p2p.frames import FRAME_SIZE_MAX_BYTES
 from formation.p2p.link import FrameHandler, Links
 from formation.p2p.peer_book import PeerBook
 from formation.p2p.peer_store import MemoryPeerStore, PeerStore
+from formation.p2p.ping import PROTOCOL as PING_PROTOCOL
+from formation.p2p.ping import ping, serve_ping
 from formation.p2p.presence import Presence
 from formation.p2p.publisher import Publisher
 from formation.p2p.requests import RequestHandler, Requests
 from formation.p2p.router import PeerState, PeerTable
-from formation.p2p.score import Offence, PeerScore, PeerScores
+from formation.p2p.score import Offence, PeerScore, PeerScores, Refusal
 from formation.p2p.subscriber import Subscriber
 from formation.p2p.transport import (
     ByteStream,
@@ -48,6 +50,7 @@ __all__ = [
     "P2pStatistics",
     "PeerScore",
     "PeerState",
+    "Refusal",
     "RequestHandler",
     "Sight",
     "StreamHandler",
@@ -88,6 +91,8 @@ class P2pService:
       rng: for the jitter of waits.
       store: where peers are remembered; none: nowhere.
       now_ms: the wall clock, for what is remembered.
+      denied: peers that we have nothing to do with.
+      allowed: if there are any, nobody else is let in but the committee.
     """
 
     def __init__(
@@ -99,12 +104,15 @@ class P2pService:
         rng: random.Random,
         store: PeerStore | None = None,
         now_ms: Callable[[], int] = lambda: 0,
+        denied: frozenset[NodeId] = frozenset(),
+        allowed: frozenset[NodeId] = frozenset(),
     ) -> None:
         self._transport = transport
         self._presence = Presence()
         self._store = MemoryPeerStore() if store is None else store
         self._book = PeerBook(transport.node_id)
-        self._scores = PeerScores()
+        self._now_ms = now_ms
+        self._scores = PeerScores(denied=denied, allowed=allowed)
         self._table = PeerTable(transport.node_id, known_peers)
         self._links = Links(transport=transport, linked=linked, presence=self._presence, rng=rng)
         self._discovery = Discovery(
@@ -120,10 +128,14 @@ class P2pService:
         self._requests = Requests(transport)
         self._visits = Visits(transport, self._discovery, self._table, self._requests)
         self._publisher = Publisher(transport)
-        self._subscriber = Subscriber(transport)
+        self._subscriber = Subscriber(transport, on_offence=self.report)
         self._peer_callbacks: list[ConnectionCallback] = []
         self._nursery: trio.Nursery | None = None
-        transport.refuse_peers(self._is_banned)
+        transport.refuse_peers(self._is_refused)
+        transport.on_offence(self.report)
+        transport.serve_stream(PING_PROTOCOL, serve_ping)
+        self._links.on_offence(self.report)
+        self._requests.on_offence(self.report)
         transport.on_connection(self._note_connection)
         self._links.on_link(self._table.set_linked)
 
@@ -155,7 +167,7 @@ class P2pService:
         if not data:
             return
         try:
-            self._book.read(data)
+            self._book.read(data, now_ms=self._now_ms())
         except DecodeError as exc:
             await trio.to_thread.run_sync(self._store.put_aside, exc.message)
             return
@@ -182,9 +194,13 @@ class P2pService:
         self._links.set_linked(linked)
 
     def set_voters(self, voters: frozenset[NodeId]) -> None:
-        """Who votes now: never banned by score, never let go, and missed when out of sight."""
+        """Who votes now: never banned by score, always allowed, never let go, and missed when out of sight."""
         self._scores.protect(voters)
         self._discovery.set_voters(voters)
+        for node_id in self._transport.connected():
+            # Who left the committee may be refused from now on.
+            if self._is_refused(node_id):
+                self._close_soon(node_id)
 
     def on_frame(self, handler: FrameHandler) -> None:
         """Set the one receiver of frames; before `run`. Its slowness is back-pressure for that peer only."""
@@ -318,14 +334,27 @@ class P2pService:
         await self._transport.close_peer(node_id)
 
     async def unban(self, node_id: NodeId) -> bool:
-        """Forgive a peer; whether it was banned."""
+        """Forgive a peer: its score is 0 again; whether it was banned."""
         was_banned = self._scores.unban(node_id, now_s=trio.current_time())
         self._book.set_banned(self._scores.manual_bans)
         await self._discovery.save_book()
         return was_banned
 
-    def _is_banned(self, node_id: NodeId) -> bool:
-        return self._scores.is_banned(node_id, now_s=trio.current_time())
+    async def ping(self, node_id: NodeId) -> float:
+        """Seconds there and back; connects to the peer first if need be. The timeout is the caller's.
+
+        Raises:
+          UnavailableError: it cannot be reached, is refused here, or does not answer.
+        """
+        await self._discovery.connect(node_id)
+        return await ping(self._transport, node_id)
+
+    def remembered_addresses(self, node_id: NodeId) -> tuple[str, ...]:
+        """Where the peer book says that it is."""
+        return self._book.addresses(node_id)
+
+    def _is_refused(self, node_id: NodeId) -> bool:
+        return self._scores.refusal(node_id, now_s=trio.current_time()) is not None
 
     def _close_soon(self, node_id: NodeId) -> None:
         if self._nursery is not None:

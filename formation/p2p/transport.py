@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from formation.core.ids import NodeId
+from formation.p2p.score import Offence
 
 # One gossip message; libp2p itself drops RPCs above 1 MiB silently, and a message shares its RPC with others.
 GOSSIP_SIZE_MAX_BYTES = 512 * 1024
@@ -52,6 +53,10 @@ Deliver = Callable[[NodeId, bytes], None]
 
 ConnectionCallback = Callable[[NodeId, bool], None]
 """(peer, up): up with its first connection, down with its last; must not block."""
+
+
+OffenceCallback = Callable[[NodeId, Offence], None]
+"""(connected peer, what it did); must not block."""
 
 
 class ByteStream(Protocol):
@@ -119,8 +124,8 @@ class Transport(Protocol):
         """
         ...
 
-    async def dial(self, node_id: NodeId, addresses: Sequence[str]) -> None:
-        """Connect to a peer; returns at once if connected.
+    async def dial(self, node_id: NodeId, addresses: Sequence[str]) -> str:
+        """Connect to a peer, trying the addresses in turn; the one that answered, "" if it was connected already.
 
         Raises:
           UnavailableError: none of the addresses answered as that peer.
@@ -160,7 +165,7 @@ class Transport(Protocol):
         ...
 
     def told_addresses(self, node_id: NodeId) -> tuple[str, ...]:
-        """Where a connected peer says that it can be dialled, and where we dialled it; () until it has said so."""
+        """Where a connected peer says, with its signature, that it can be dialled; () until it has said so."""
         ...
 
     async def find_peers(self) -> dict[NodeId, tuple[str, ...]]:
@@ -177,6 +182,10 @@ class Transport(Protocol):
 
     def on_connection(self, callback: ConnectionCallback) -> None:
         """Tell of peers that come and go; set before `run`."""
+        ...
+
+    def on_offence(self, callback: OffenceCallback) -> None:
+        """Tell what connected peers do that no correct one does, as far as the transport itself sees it; set before `run`."""
         ...
 
     def statistics(self) -> TransportStatistics:
