@@ -6,11 +6,11 @@ The waits between tries grow to a few seconds only, because a node that came bac
 us, too. After some failures the addresses are looked up with the other peers (Kademlia).
 
 *Others* are sought while fewer than LOW_WATER peers are connected, in turn from those that the peer book remembers from
-earlier (`peer_book`), so that a node finds its network with every bootstrap node gone, and from those that a walk through
-the Kademlia table told (hearsay: tried in random order, a few addresses each and not for long, so that lies cost little and
-cannot hide what is true). Above HIGH_WATER the least useful ones are let go: never known or linked peers or voters, first
-those that behaved badly, then those that only called on us, then those that came last. Refused peers (`score`) are neither
-dialled nor kept.
+earlier (`peer_book`), so that a node finds its network with every bootstrap node gone, and from those that the Kademlia
+tables of connected peers tell of (hearsay: tried in random order, a few addresses each and not for long, so that lies cost
+little and cannot hide what is true). Above HIGH_WATER the least useful ones are let go: never known or linked peers or
+voters, first those that behaved badly, then those that only called on us, then those that came last. Refused peers (`score`)
+are neither dialled nor kept.
 
 A *partition* is half of the voters out of sight for longer than PARTITION_AFTER_S: `status` says so, and until it has ended
 everybody is tried harder. Dead connections are found where they can be seen: by the transport's own pings and by the links'
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import structlog
@@ -60,10 +60,10 @@ SEEK_TIMEOUT_S = 10.0
 SEEK_ADDRESS_COUNT_MAX = 3
 # The first look of a new node may find nobody who has said where he is.
 SEEK_FIRST_S = 1.0
-# A walk is some twenty small requests; it also keeps our own table fresh. A small network stays below LOW_WATER for ever: the
-# wait doubles while nothing new is told.
-WALK_INTERVAL_S = 120.0
-WALK_INTERVAL_LONELY_S = 10.0
+# How often some connected peers are asked whom they know, which is a few small requests. A small network stays below LOW_WATER
+# for ever: the wait doubles while nothing new is told.
+ASK_INTERVAL_S = 120.0
+ASK_INTERVAL_LONELY_S = 10.0
 RETRY_FIRST_S = 10.0
 RETRY_MAX_S = 600.0
 # Hearsay that is kept to be tried: the newest.
@@ -102,7 +102,7 @@ class Discovery:
     """Keeps the peers of a table connected, and enough others.
 
     Args:
-      save: puts the peer book on disk; blocking, called in a thread when it has changed, must not raise.
+      save: puts the peer book on disk, when it has changed; must not raise.
       now_ms: the wall clock, for the book.
     """
 
@@ -114,7 +114,7 @@ class Discovery:
         presence: Presence,
         scores: PeerScores,
         book: PeerBook,
-        save: Callable[[bytes], None],
+        save: Callable[[bytes], Awaitable[None]],
         now_ms: Callable[[], int],
         rng: random.Random,
     ) -> None:
@@ -134,8 +134,8 @@ class Discovery:
         self._hearsay: dict[NodeId, tuple[str, ...]] = {}
         self._retry_at_s: dict[NodeId, tuple[float, float]] = {}
         """Of peers sought: when to try again, and the wait after that."""
-        self._walked_at_s = float("-inf")
-        self._walk_wait_s = WALK_INTERVAL_LONELY_S
+        self._asked_at_s = float("-inf")
+        self._ask_wait_s = ASK_INTERVAL_LONELY_S
         self._voters: frozenset[NodeId] = frozenset()
         self._unseen_since_s: float | None = None
         self._saving = trio.Lock()
@@ -154,11 +154,10 @@ class Discovery:
                 nursery.start_soon(self._save_loop)
                 await trio.sleep_forever()
         finally:
-            # Behind the nursery: no thread writes the file any more.
+            # Behind the nursery: nobody else writes it any more.
             self._nursery = None
-            if self._book.is_changed:
-                # Quick, and there will be no other time.
-                self._save(self._book.encode())
+            with trio.CancelScope(shield=True):
+                await self.save_book()
 
     def note_known(self, node_id: NodeId) -> None:
         """Keep another peer of the table connected from now on."""
@@ -172,7 +171,7 @@ class Discovery:
         else:
             self._hearsay.pop(node_id, None)
             self._retry_at_s.pop(node_id, None)
-            self._walk_wait_s = WALK_INTERVAL_LONELY_S
+            self._ask_wait_s = ASK_INTERVAL_LONELY_S
             if self._nursery is not None:
                 self._nursery.start_soon(self._remember_soon, node_id)
         self._look()
@@ -323,7 +322,7 @@ class Discovery:
     async def _seek_loop(self) -> None:
         await trio.sleep(SEEK_FIRST_S * (0.5 + self._rng.random()))
         while True:
-            await self._walk_if_due()
+            await self._ask_around_if_due()
             missing = LOW_WATER - len(self._transport.connected())
             if missing > 0:
                 await self._seek(min(missing, SEEK_DIAL_COUNT))
@@ -365,13 +364,13 @@ class Discovery:
                 # Hearsay that was never true; if it is told again it is tried again.
                 self._hearsay.pop(node_id, None)
 
-    async def _walk_if_due(self) -> None:
+    async def _ask_around_if_due(self) -> None:
         connected = self._transport.connected()
         is_lonely = len(connected) < LOW_WATER or self._is_partitioned
         now_s = trio.current_time()
-        if not connected or now_s - self._walked_at_s < (self._walk_wait_s if is_lonely else WALK_INTERVAL_S):
+        if not connected or now_s - self._asked_at_s < (self._ask_wait_s if is_lonely else ASK_INTERVAL_S):
             return
-        self._walked_at_s = now_s
+        self._asked_at_s = now_s
         try:
             found = await self._transport.find_peers()
         except UnavailableError:
@@ -383,7 +382,7 @@ class Discovery:
         }
         is_news = any(node_id not in self._hearsay for node_id in told)
         is_calm = not is_news and not self._is_partitioned
-        self._walk_wait_s = min(2 * self._walk_wait_s, WALK_INTERVAL_S) if is_calm else WALK_INTERVAL_LONELY_S
+        self._ask_wait_s = min(2 * self._ask_wait_s, ASK_INTERVAL_S) if is_calm else ASK_INTERVAL_LONELY_S
         for node_id, addresses in told.items():
             self._hearsay.pop(node_id, None)
             self._hearsay[node_id] = tuple(filter(is_dialable, addresses))[:SEEK_ADDRESS_COUNT_MAX]
@@ -451,7 +450,7 @@ class Discovery:
         """Put the book on disk, if it has changed."""
         async with self._saving:
             if self._book.is_changed:
-                await trio.to_thread.run_sync(self._save, self._book.encode())
+                await self._save(self._book.encode())
 
 
 def refusal_hint(node_id: NodeId, refusal: Refusal) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,8 +18,10 @@ from formation.p2p.libp2p_setup import parse_id
 from formation.p2p.peer_book import is_dialable
 
 FIND_TIMEOUT_S = 5.0
-# Kademlia's k: what one walk tells.
+# Kademlia's k: what one peer tells.
 FOUND_COUNT_MAX = 20
+# Kademlia's alpha: three that do not all lie.
+ASKED_COUNT = 3
 # Identify needs a moment before a peer has addresses that the routing table accepts.
 ROUTING_FEED_DELAYS_S = (0.5, 2.0, 5.0)
 
@@ -81,19 +84,32 @@ class Kad:
         return dialable(node_id, known)
 
     async def find_peers(self) -> dict[NodeId, tuple[str, ...]]:
-        """Who stands near a random point of the key space, as others tell; a walk there refreshes our own table as well."""
-        try:
+        """Who stands near a random point of the key space, as some connected peers tell.
+
+        Not the library's own walk: that dials whoever it is told of, past our limits. Who is told of is dialled by
+        `discovery`, and asked next time.
+        """
+        found: dict[NodeId, tuple[str, ...]] = {}
+        key = os.urandom(32)
+        connected = list(self._host.get_connected_peers())
+        asked = random.sample(connected, min(ASKED_COUNT, len(connected)))
+
+        async def ask(peer_id: Any) -> None:
+            try:
+                told = await self._dht.peer_routing._query_peer_for_closest(peer_id, key)
+                for other in told[:FOUND_COUNT_MAX]:
+                    node_id = NodeId(other.to_base58())
+                    if other != self._host.get_id():
+                        found[node_id] = dialable(node_id, self._host.get_peerstore().addrs(other))
+            except Exception as exc:  # noqa: BLE001 - what a stranger answers raises all kinds
+                _logger.debug("no peers told", error=repr(exc))
+
+        if self._is_running:
             with trio.move_on_after(FIND_TIMEOUT_S):
-                if not self._is_running:
-                    return {}
-                found = await self._dht.peer_routing.find_closest_peers_network(os.urandom(32))
-                peerstore = self._host.get_peerstore()
-                own = self._host.get_id()
-                ids = [peer_id for peer_id in found[:FOUND_COUNT_MAX] if peer_id != own]
-                return {NodeId(p.to_base58()): dialable(NodeId(p.to_base58()), peerstore.addrs(p)) for p in ids}
-        except Exception as exc:  # noqa: BLE001 - the library raises for "unknown", too
-            _logger.debug("walk failed", error=repr(exc))
-        return {}
+                async with trio.open_nursery() as nursery:
+                    for peer_id in asked:
+                        nursery.start_soon(ask, peer_id)
+        return found
 
 
 def dialable(node_id: NodeId, addresses: Iterable[Any]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from formation.core.codec import decode, encode
 from formation.core.errors import DecodeError, UsageError
@@ -195,6 +196,8 @@ def is_dialable(address: str) -> bool:
     return kind in ("dns", "dns4", "dns6") and _HOST_NAME.fullmatch(host) is not None
 
 
+# A full book is looked through for each stranger.
+@lru_cache(maxsize=2 * PEER_COUNT_MAX)
 def prefix_of(address: str) -> str:
     """The network that a dialable address is in: /24 of IPv4, /48 of IPv6, else the last two labels of the name."""
     kind, host = address.split("/")[1:3]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import structlog
+import trio
 
 from formation.core.files import replace_durably
 
@@ -20,15 +21,15 @@ _logger = structlog.get_logger(__name__)
 class PeerStore(Protocol):
     """A place for one value."""
 
-    def load(self) -> bytes:
+    async def load(self) -> bytes:
         """What was saved last; b"" if nothing was, or it cannot be read."""
         ...
 
-    def save(self, data: bytes) -> None:
-        """Put another value in its place. Blocking; never raises."""
+    async def save(self, data: bytes) -> None:
+        """Put another value in its place; one call at a time. Never raises."""
         ...
 
-    def put_aside(self, why: str) -> None:
+    async def put_aside(self, why: str) -> None:
         """What `load` gave is no such value: keep it for people, and go on without. Never raises."""
         ...
 
@@ -39,8 +40,19 @@ class FilePeerStore:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def load(self) -> bytes:
+    async def load(self) -> bytes:
         """See PeerStore."""
+        return await trio.to_thread.run_sync(self._load)
+
+    async def save(self, data: bytes) -> None:
+        """See PeerStore."""
+        await trio.to_thread.run_sync(self._save, data)
+
+    async def put_aside(self, why: str) -> None:
+        """See PeerStore."""
+        await trio.to_thread.run_sync(self._put_aside, why)
+
+    def _load(self) -> bytes:
         try:
             with self._path.open("rb") as file:
                 data = file.read(FILE_SIZE_MAX_BYTES + 1)
@@ -50,19 +62,17 @@ class FilePeerStore:
             _logger.warning("peer book not read", path=str(self._path), error=exc.strerror)
             return b""
         if len(data) > FILE_SIZE_MAX_BYTES:
-            self.put_aside(f"larger than {FILE_SIZE_MAX_BYTES} bytes")
+            self._put_aside(f"larger than {FILE_SIZE_MAX_BYTES} bytes")
             return b""
         return data
 
-    def save(self, data: bytes) -> None:
-        """See PeerStore."""
+    def _save(self, data: bytes) -> None:
         try:
             replace_durably(self._path, data, mode=0o600)
         except OSError as exc:
             _logger.warning("peer book not written", path=str(self._path), error=exc.strerror)
 
-    def put_aside(self, why: str) -> None:
-        """See PeerStore."""
+    def _put_aside(self, why: str) -> None:
         aside = self._path.with_suffix(".damaged")
         _logger.warning("peer book put aside: known peers are dialled, others must be found anew", path=str(aside), why=why)
         try:
@@ -78,14 +88,17 @@ class MemoryPeerStore:
         self.data = data
         self.aside = b""
 
-    def load(self) -> bytes:
+    async def load(self) -> bytes:
         """See PeerStore."""
+        await trio.lowlevel.checkpoint()
         return self.data
 
-    def save(self, data: bytes) -> None:
+    async def save(self, data: bytes) -> None:
         """See PeerStore."""
+        await trio.lowlevel.checkpoint()
         self.data = data
 
-    def put_aside(self, why: str) -> None:
+    async def put_aside(self, why: str) -> None:
         """See PeerStore."""
+        await trio.lowlevel.checkpoint()
         self.data, self.aside = b"", self.data

@@ -163,13 +163,13 @@ class P2pService:
             task_status.started(addresses)
 
     async def _load_book(self) -> None:
-        data = await trio.to_thread.run_sync(self._store.load)
+        data = await self._store.load()
         if not data:
             return
         try:
             self._book.read(data, now_ms=self._now_ms())
         except DecodeError as exc:
-            await trio.to_thread.run_sync(self._store.put_aside, exc.message)
+            await self._store.put_aside(exc.message)
             return
         for node_id in self._book.banned:
             self._scores.ban(node_id)

@@ -274,6 +274,8 @@ def _settings(name: str, folder: Path) -> NodeSettings:
         cache_dir=folder / "cache",
         manifest=folder / "network.toml",
         listen=(),
+        allow_peers=frozenset(),
+        deny_peers=frozenset(),
         public_address="127.0.0.1",
         api_socket=folder / "node.sock",
         api_tcp="",

@@ -317,10 +317,10 @@ async def test_many_who_want_one_peer_dial_it_once(autojump_clock: MockClock) ->
     dial_count = 0
     dial = a._transport.dial
 
-    async def count(node_id: NodeId, addresses: Sequence[str]) -> None:
+    async def count(node_id: NodeId, addresses: Sequence[str]) -> str:
         nonlocal dial_count
         dial_count += 1
-        await dial(node_id, addresses)
+        return await dial(node_id, addresses)
 
     a._transport.dial = count  # type: ignore[method-assign]
     a._table.add_known(D, (address_of(D),), now_s=0)
