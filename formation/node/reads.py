@@ -102,14 +102,6 @@ class Reads:
     def _warnings(self) -> list[dict[str, str]]:
         state = self.state.status()
         warnings = []
-        if (sight := self.sight())["partitioned_s"] is not None:
-            lasts = format_duration(sight["partitioned_s"])
-            warnings.append(
-                {
-                    "text": f"cut off: this node sees {sight['seen_count']} of {sight['voter_count']} voters for {lasts}",
-                    "hint": "is this machine's network up? formation peer list shows who is reached",
-                }
-            )
         silent = [voter.name for voter in state.voters if not voter.is_online]
         if not state.has_quorum:
             warnings.append(
@@ -122,6 +114,14 @@ class Reads:
         elif silent:
             warnings.append(
                 {"text": f"silent voters: {', '.join(silent)}", "hint": "formation node runs one; the network goes on without"}
+            )
+        if (sight := self.sight())["partitioned_s"] is not None:
+            lasts = format_duration(sight["partitioned_s"])
+            warnings.append(
+                {
+                    "text": f"cut off: this node sees {sight['seen_count']} of {sight['voter_count']} voters for {lasts}",
+                    "hint": "is this machine's network up? formation peer list shows who is reached",
+                }
             )
         if state.clock_ahead_ms > CLOCK_AHEAD_WARNING_MS:
             warnings.append(
