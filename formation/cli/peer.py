@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from formation.cli.client import segment
 from formation.cli.command import command, new_group
 from formation.cli.context import Cli
 from formation.cli.output import Column, Row
@@ -56,13 +55,13 @@ def list_peers(cli: Cli) -> None:
 @command(group, "show", examples=("formation peer show node2", "formation peer show 12D3KooW… -o json"))
 def show_peer(cli: Cli, peer: Peer) -> None:
     """Show where a peer is, and how it stands."""
-    cli.out.record(cli.client.get(f"/v1/peers/{segment(peer)}"), SHOW_FIELDS, name="node_id")
+    cli.out.record(cli.client.get(f"/v1/peers/{_segment(peer)}"), SHOW_FIELDS, name="node_id")
 
 
 @command(group, "ban", examples=("formation peer ban 12D3KooW…",))
 def ban_peer(cli: Cli, peer: Peer) -> None:
     """Have nothing to do with a peer until it is unbanned, also after a restart. Only this node does so."""
-    banned = cli.client.post_json(f"/v1/peers/{segment(peer)}/ban", {})
+    banned = cli.client.post_json(f"/v1/peers/{_segment(peer)}/ban", {})
     if not cli.out.is_for_people:
         cli.out.record(banned, (), name="node_id")
         return
@@ -75,7 +74,7 @@ def ban_peer(cli: Cli, peer: Peer) -> None:
 @command(group, "unban", examples=("formation peer unban 12D3KooW…",))
 def unban_peer(cli: Cli, peer: Peer) -> None:
     """Forgive a peer: no ban, and nothing is held against it."""
-    freed = cli.client.post_json(f"/v1/peers/{segment(peer)}/unban", {})
+    freed = cli.client.post_json(f"/v1/peers/{_segment(peer)}/unban", {})
     if not cli.out.is_for_people:
         cli.out.record(freed, (), name="node_id")
         return
@@ -93,13 +92,20 @@ def ping_peer(
         raise UsageError(f"--count {count} is not from 1 to {PING_COUNT_MAX}", hint="formation peer ping PEER --count 3")
     answers = []
     for _ in range(count):
-        answers.append(cli.client.post_json(f"/v1/peers/{segment(peer)}/ping", {}))
+        answers.append(cli.client.post_json(f"/v1/peers/{_segment(peer)}/ping", {}))
         if cli.out.is_for_people:
             cli.out.line(f"{answers[-1]['name']}: {answers[-1]['latency_ms']:.1f} ms")
     if not cli.out.is_for_people:
         latencies_ms = [answer["latency_ms"] for answer in answers]
         shown = {"node_id": answers[0]["node_id"], "name": answers[0]["name"], "latencies_ms": latencies_ms}
         cli.out.record(shown, (), name="node_id")
+
+
+def _segment(peer: str) -> str:
+    # Imported late: it brings the HTTP client along, which help does without.
+    from formation.cli.client import segment
+
+    return segment(peer)
 
 
 def _condition(peer: Row) -> str:
