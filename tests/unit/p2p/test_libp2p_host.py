@@ -185,3 +185,20 @@ async def test_hostile_gossip_is_its_senders_offence() -> None:
                 await trio.sleep(0.01)
             assert offences == [(b.node_id, Offence.MALFORMED)]
             nursery.cancel_scope.cancel()
+
+
+async def test_a_node_on_all_interfaces_tells_addresses_that_can_be_dialled() -> None:
+    """The default: one of the machine's own addresses each, never 0.0.0.0."""
+    a, b = (make_libp2p_transport(KeyPair(seed * 32), ["/ip4/0.0.0.0/tcp/0"]) for seed in (b"a", b"b"))
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(a.run)
+            (listened,) = await nursery.start(b.run)
+            await a.dial(b.node_id, (listened.replace("0.0.0.0", "127.0.0.1"),))
+            while not (told := a.told_addresses(b.node_id)):  # noqa: ASYNC110 - no event for it
+                await trio.sleep(0.05)
+            await a.close_peer(b.node_id)
+            while b.connected():  # noqa: ASYNC110 - no event for it
+                await trio.sleep(0.05)
+            assert await a.dial(b.node_id, told) in told
+            nursery.cancel_scope.cancel()
