@@ -81,6 +81,10 @@ def _state(status: Row) -> str:
 
 def _peers(status: Row) -> str:
     peers = status.get("peers") or []
+    sight = _part(_part(status, "network"), "sight")
+    if isinstance(cut_off_s := sight.get("partitioned_s"), int | float):
+        seen = f"{sight.get('seen_count', '?')} of {sight.get('voter_count', '?')} voters"
+        return f"CUT OFF: sees {seen} for {format_duration(float(cut_off_s))}"
     connected = [str(peer.get("name") or peer.get("node_id", "")) for peer in peers if peer.get("connected")]
     return f"{len(connected)} of {len(peers)} connected" + (f": {', '.join(connected)}" if connected else "")
 
@@ -111,7 +115,7 @@ STATUS_FIELDS = (
     Column("Quorum", quorum_text, style=lambda s: "green" if _part(s, "state").get("has_quorum") else "red"),
     Column("Voters", _voters),
     Column("State", _state),
-    Column("Peers", _peers),
+    Column("Peers", _peers, style=lambda s: "red" if _peers(s).startswith("CUT OFF") else ""),
     Column("Host", _host),
     Column("VMs", _vms),
 )

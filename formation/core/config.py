@@ -31,6 +31,8 @@ class Setting:
     meaning: str
     env: str = ""
     choices: tuple[str, ...] = ()
+    may_be_empty: bool = False
+    """A list of none is a value."""
 
 
 SETTINGS: dict[str, Setting] = {
@@ -42,6 +44,8 @@ SETTINGS: dict[str, Setting] = {
     "node.cache_dir": Setting(str, "downloaded packages, shared by the nodes of one user"),
     "node.manifest": Setting(str, "the network's manifest", env="FORMATION_NETWORK"),
     "node.listen": Setting(list, "multiaddrs to listen on"),
+    "node.allow_peers": Setting(list, "ids of the nodes that are let in, besides voters; none: all are", may_be_empty=True),
+    "node.deny_peers": Setting(list, "ids of nodes that are not let in", may_be_empty=True),
     "node.public_address": Setting(str, "host or IP at which published ports are reached"),
     "node.api_socket": Setting(str, "unix socket of the HTTP API"),
     "node.api_tcp": Setting(str, "HOST:PORT of the HTTP API as well; empty: none"),
@@ -95,6 +99,8 @@ def default_values(env: Mapping[str, str], *, is_root: bool) -> dict[str, Any]:
         "node.cache_dir": str(cache),
         "node.manifest": str(config_path(env).parent / "network.toml"),
         "node.listen": ["/ip4/0.0.0.0/tcp/4700"],
+        "node.allow_peers": [],
+        "node.deny_peers": [],
         "node.public_address": "127.0.0.1",
         "node.api_socket": str(socket),
         "node.api_tcp": "",
@@ -179,7 +185,8 @@ def check_value(name: str, value: Any, *, where: str) -> Any:
         )
     right_type = isinstance(value, setting.kind) and not isinstance(value, bool)
     if setting.kind is list:
-        right_type = isinstance(value, list | tuple) and bool(value) and all(isinstance(v, str) for v in value)
+        is_filled = setting.may_be_empty or bool(value)
+        right_type = isinstance(value, list | tuple) and is_filled and all(isinstance(v, str) for v in value)
     if not right_type:
         wanted = {str: "text", int: "a whole number", list: "a list of texts"}[setting.kind]
         raise UsageError(f"{where}: {name} must be {wanted}, not {value!r}", hint=setting.meaning)

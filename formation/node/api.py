@@ -40,6 +40,7 @@ from formation.core.units import format_size
 from formation.node.attach import Attach, AttachRequest
 from formation.node.cell_api import CellApi
 from formation.node.door import INTENT_SIZE_MAX_BYTES, Door
+from formation.node.peer_api import PeerApi
 from formation.node.reads import Reads
 from formation.node.state_api import REQUEST_SIZE_MAX_BYTES, Ask, Download, StateApi, StateRoute
 from formation.node.stream import KEEP_ALIVE, KEEP_ALIVE_S, Filter, sse_change, sse_gap
@@ -107,6 +108,7 @@ def make_api(parts: ApiParts) -> Application:
             Route("/v1/intents", api.post_intent, methods=["POST"]),
             Route("/v1/events", api.get_events),
             *map(_state_route, StateApi(parts.reads).routes()),
+            *map(_state_route, PeerApi(parts.reads).routes()),
             *map(_state_route, CellApi(parts.reads, parts.cells, parts.door).routes()),
         ],
         exception_handlers={

@@ -65,6 +65,7 @@ class Reads:
                 "voters": len(state.voters),
                 "quorum_size": state.quorum_size,
                 "fault_count_max": (len(state.voters) - 1) // 3,
+                "sight": self.sight(),
             },
             "state": {
                 "has_quorum": state.has_quorum,
@@ -114,6 +115,14 @@ class Reads:
             warnings.append(
                 {"text": f"silent voters: {', '.join(silent)}", "hint": "formation node runs one; the network goes on without"}
             )
+        if (sight := self.sight())["partitioned_s"] is not None:
+            lasts = format_duration(sight["partitioned_s"])
+            warnings.append(
+                {
+                    "text": f"cut off: this node sees {sight['seen_count']} of {sight['voter_count']} voters for {lasts}",
+                    "hint": "is this machine's network up? formation peer list shows who is reached",
+                }
+            )
         if state.clock_ahead_ms > CLOCK_AHEAD_WARNING_MS:
             warnings.append(
                 {
@@ -126,6 +135,17 @@ class Reads:
         if not host["hypervisor"]:
             warnings.append({"text": f"this node runs no VMs: {host['why']}", "hint": host["hint"]})
         return warnings
+
+    def sight(self) -> dict[str, Any]:
+        """How many of the committee this node sees, itself included if it votes; `partitioned_s`: for how long too few."""
+        sight = self.p2p.sight()
+        own_count = 1 if self.state.status().is_voter else 0
+        partitioned_s = sight.partitioned_s
+        return {
+            "seen_count": sight.seen_count + own_count,
+            "voter_count": sight.voter_count + own_count,
+            "partitioned_s": None if partitioned_s is None else round(partitioned_s, 1),
+        }
 
     def node_name(self, node_id: str) -> str:
         """The name people know a node by: its own word, else the manifest's, else the start of its id."""

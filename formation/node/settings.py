@@ -11,7 +11,7 @@ from pathlib import Path
 
 from formation.core.config import Value, check_socket_path
 from formation.core.errors import HostError, UsageError
-from formation.core.ids import check_label
+from formation.core.ids import NodeId, check_label, public_key_of_node
 from formation.core.spec import Resources
 from formation.core.units import GIB, MIB
 
@@ -32,6 +32,8 @@ class NodeSettings:
     cache_dir: Path
     manifest: Path
     listen: tuple[str, ...]
+    allow_peers: frozenset[NodeId]
+    deny_peers: frozenset[NodeId]
     public_address: str
     api_socket: Path
     api_tcp: str
@@ -67,6 +69,8 @@ def node_settings(merged: Mapping[str, Value]) -> NodeSettings:
         cache_dir=_absolute(value("cache_dir")),
         manifest=_absolute(value("manifest")),
         listen=tuple(listen),
+        allow_peers=_node_ids(value("allow_peers"), "node.allow_peers"),
+        deny_peers=_node_ids(value("deny_peers"), "node.deny_peers"),
         public_address=str(value("public_address")),
         api_socket=check_socket_path(_absolute(value("api_socket"))),
         api_tcp=api_tcp,
@@ -76,6 +80,19 @@ def node_settings(merged: Mapping[str, Value]) -> NodeSettings:
         log_format=str(value("log_format")),
         **{key: number for key, number in numbers.items() if isinstance(number, int)},
     )
+
+
+def _node_ids(value: object, setting: str) -> frozenset[NodeId]:
+    assert isinstance(value, list)
+    for text in value:
+        try:
+            public_key_of_node(NodeId(text))
+        except UsageError as exc:
+            raise UsageError(
+                f"{setting}: {text[:64]!r} is not a node id",
+                hint="a node id looks like 12D3KooW…: formation peer list shows them, and formation network node-id one's own",
+            ) from exc
+    return frozenset(map(NodeId, value))
 
 
 def split_host_port(text: str) -> tuple[str, int]:

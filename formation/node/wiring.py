@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from formation.core.clock import Clock, SystemClock
+from formation.core.clock import NS_PER_MS, Clock, SystemClock
 from formation.core.ids import NodeId, public_key_of_node
 from formation.core.keys import KeyPair
 from formation.core.manifest import Manifest, read_manifest
@@ -21,6 +21,7 @@ from formation.node.health import Liveness
 from formation.node.identity import load_or_make_key
 from formation.node.reads import Reads
 from formation.node.settings import NodeSettings, offered_capacity
+from formation.p2p.peer_store import FilePeerStore
 from formation.p2p.service import P2pService
 from formation.pack.service import PackService
 from formation.state.cell_reader import CellReader
@@ -71,13 +72,23 @@ async def build_node(settings: NodeSettings) -> Node:
     voters = {voter.node_id: voter.addresses for voter in manifest.voters if voter.node_id != key.node_id}
     linked = frozenset(voters) if key.public_key in {voter.public_key for voter in manifest.voters} else frozenset()
     transport = make_libp2p_transport(key, settings.listen)
-    p2p = P2pService(transport=transport, known_peers=voters, linked=linked, rng=rng)
+    clock = SystemClock()
+    p2p = P2pService(
+        transport=transport,
+        known_peers=voters,
+        linked=linked,
+        rng=rng,
+        store=FilePeerStore(settings.data_dir / "peers.cbor"),
+        now_ms=lambda: clock.now_ns() // NS_PER_MS,
+        denied=settings.deny_peers,
+        allowed=settings.allow_peers,
+    )
     return assemble(
         settings,
         key=key,
         manifest=manifest,
         capacity=offered_capacity(settings),
-        clock=SystemClock(),
+        clock=clock,
         rng=rng,
         p2p=p2p,
         store=DiskStore(settings.data_dir / "state"),

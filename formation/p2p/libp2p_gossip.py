@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
+from google.protobuf.message import DecodeError as ProtobufDecodeError
 from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID, PROTOCOL_ID_V11, GossipSub
@@ -26,9 +27,10 @@ from libp2p.pubsub.utils import maybe_consume_signed_record
 from libp2p.tools.anyio_service import background_trio_service
 
 from formation.core.codec import verify_ed25519
-from formation.core.errors import DecodeError, UsageError
+from formation.core.errors import DecodeError, UnavailableError, UsageError
 from formation.core.ids import NodeId, public_key_of_node
-from formation.p2p.transport import GOSSIP_SIZE_MAX_BYTES, Verdict
+from formation.p2p.score import Offence
+from formation.p2p.transport import GOSSIP_SIZE_MAX_BYTES, OffenceCallback, Verdict
 
 SEEN_TTL_S = 120
 SEQNO_SIZE_BYTES = 8
@@ -79,11 +81,12 @@ def make_gossipsub() -> Any:
 class Gossip(Pubsub):  # type: ignore[misc] # the library is untyped here
     """Pubsub that hands each valid message to one function, synchronously."""
 
-    def __init__(self, host: Any, router: Any, on_message: OnMessage) -> None:
+    def __init__(self, host: Any, router: Any, on_message: OnMessage, on_offence: OffenceCallback) -> None:
         super().__init__(host, router, strict_signing=True, seen_ttl=SEEN_TTL_S, max_inbound_rpc_size=RPC_SIZE_MAX_BYTES)
         # The default, seconds, repeats sequence numbers after a restart: peers would take new messages for seen ones.
         self.counter = time.time_ns()
         self._on_message = on_message
+        self._on_offence = on_offence
         self._inbound: set[Any] = set()
 
     def announce_again(self) -> None:
@@ -113,12 +116,15 @@ class Gossip(Pubsub):  # type: ignore[misc] # the library is untyped here
         try:
             topic, author, public_key = _parse_message(msg)
         except (DecodeError, UsageError) as exc:
+            # No offence of the forwarder's: a correct one of another kind may pass on what only we do not understand.
             _logger.debug("malformed message via %s: %s", msg_forwarder, exc)
             return
         if author == self.my_id.to_base58() or topic not in self.topic_ids or self._is_msg_seen(msg):
             return
         if not verify_ed25519(public_key, signed_part(msg), msg.signature):
+            # Correct peers of any kind check it before they pass a message on.
             _logger.debug("bad signature via %s", msg_forwarder)
+            self._on_offence(NodeId(msg_forwarder.to_base58()), Offence.BAD_SIGNATURE)
             return
         self._mark_msg_seen(msg)
         if self._on_message(topic, author, msg.data) is Verdict.ACCEPT:
@@ -138,6 +144,11 @@ class Gossip(Pubsub):  # type: ignore[misc] # the library is untyped here
             await stream.reset()
         except StreamEOF:
             return
+        except (DecodeError, ProtobufDecodeError) as exc:
+            _logger.debug("malformed gossip of %s: %s", peer_id, exc)
+            self._on_offence(NodeId(peer_id.to_base58()), Offence.MALFORMED)
+            await stream.reset()
+            self._handle_dead_peer(peer_id)
         except Exception as exc:  # noqa: BLE001 - supervision boundary: protobuf, router and stream raise all kinds
             _logger.debug("gossip stream of %s ended: %r", peer_id, exc)
             await stream.reset()
@@ -148,7 +159,8 @@ class Gossip(Pubsub):  # type: ignore[misc] # the library is untyped here
     async def _handle_rpc(self, peer_id: ID, rpc: Any, stream: Any) -> None:
         if rpc.HasField("senderRecord") and stream.__dict__.get("_sender_record") != rpc.senderRecord:
             if not maybe_consume_signed_record(rpc, self.host, peer_id):
-                raise DecodeError("peer record with a bad signature")
+                # Or an older one than we have, which a peer whose clock was set back sends in good faith.
+                raise UnavailableError("peer record refused")
             stream.__dict__["_sender_record"] = rpc.senderRecord
         if len(rpc.subscriptions) <= self.max_subscriptions_per_rpc:
             for subscription in rpc.subscriptions:
@@ -161,12 +173,14 @@ class Gossip(Pubsub):  # type: ignore[misc] # the library is untyped here
 
 
 @asynccontextmanager
-async def running_gossip(host: Any, on_message: OnMessage, topics: Iterable[str]) -> AsyncIterator[Gossip]:
+async def running_gossip(
+    host: Any, on_message: OnMessage, on_offence: OffenceCallback, topics: Iterable[str]
+) -> AsyncIterator[Gossip]:
     """Gossip on a host, for as long as the block runs; finds the peers that are connected already."""
     network = host.get_network()
     notifees = list(network.notifees)
     router = make_gossipsub()
-    gossip = Gossip(host, router, on_message)
+    gossip = Gossip(host, router, on_message, on_offence)
     try:
         async with background_trio_service(gossip), background_trio_service(router):
             await gossip.wait_until_ready()

@@ -8,7 +8,7 @@ here and in the `libp2p_*` files beside.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
@@ -20,16 +20,18 @@ from formation.core.errors import HostError, UnavailableError, UsageError
 from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
 from formation.p2p.libp2p_gossip import running_gossip
-from formation.p2p.libp2p_kad import Kad
+from formation.p2p.libp2p_kad import Kad, dialable
 from formation.p2p.libp2p_patches import apply_patches
 from formation.p2p.libp2p_setup import check_free, dial_address, listen_address, make_host, parse_address, parse_id
 from formation.p2p.libp2p_stream import Libp2pStream
+from formation.p2p.score import Offence
 from formation.p2p.serving import serve_one
 from formation.p2p.transport import (
     GOSSIP_SIZE_MAX_BYTES,
     ByteStream,
     ConnectionCallback,
     Deliver,
+    OffenceCallback,
     StreamHandler,
     TaskStatus,
     TransportStatistics,
@@ -81,6 +83,8 @@ class Libp2pTransport:
         self._handlers: dict[str, StreamHandler] = {}
         self._topics: dict[str, tuple[Validate, Deliver]] = {}
         self._callbacks: list[ConnectionCallback] = []
+        self._offence_callbacks: list[OffenceCallback] = []
+        self._is_refused: Callable[[NodeId], bool] = lambda node_id: False
         self._up: set[NodeId] = set()
         self._host: Any = None
         self._gossip: Any = None
@@ -167,7 +171,7 @@ class Libp2pTransport:
         status: TaskStatus[None] = task_status
         while True:
             try:
-                async with running_gossip(host, self._take_message, self._topics) as gossip:
+                async with running_gossip(host, self._take_message, self._note_offence, self._topics) as gossip:
                     self._gossip = gossip
                     status.started(None)
                     while True:
@@ -182,13 +186,13 @@ class Libp2pTransport:
 
     # --- peers -------------------------------------------------------------------------------------------------------
 
-    async def dial(self, node_id: NodeId, addresses: Sequence[str]) -> None:
+    async def dial(self, node_id: NodeId, addresses: Sequence[str]) -> str:
         """See Transport."""
         host, peer_id = self._running_host(), parse_id(node_id)
         tried: list[str] = []
         for text in addresses:
             if node_id in self.connected():
-                return
+                return ""
             try:
                 address = dial_address(text, node_id)
                 with trio.fail_after(DIAL_TIMEOUT_S):
@@ -198,7 +202,7 @@ class Libp2pTransport:
                 continue
             host.get_peerstore().add_addrs(peer_id, [address], ADDRESS_TTL_S)
             host._schedule_identify(peer_id, reason="connect")
-            return
+            return str(address)
         raise UnavailableError(
             f"cannot reach {node_id}: " + ("; ".join(tried) if tried else "no address is known"),
             hint="is that node running, and its address right?",
@@ -223,12 +227,28 @@ class Libp2pTransport:
             if self._nursery is not None:
                 self._nursery.start_soon(_close_connection, connection)
 
+    def refuse_peers(self, is_refused: Callable[[NodeId], bool]) -> None:
+        """See Transport."""
+        self._is_refused = is_refused
+
     def on_connection(self, callback: ConnectionCallback) -> None:
         """See Transport."""
         self._callbacks.append(callback)
 
+    def on_offence(self, callback: OffenceCallback) -> None:
+        """See Transport."""
+        self._offence_callbacks.append(callback)
+
+    def _note_offence(self, node_id: NodeId, offence: Offence) -> None:
+        for callback in self._offence_callbacks:
+            callback(node_id, offence)
+
     def note_connection(self, node_id: NodeId, is_up: bool) -> None:
         """A first connection came or a last one went (called by the library's notifee)."""
+        if is_up and self._is_refused(node_id):
+            if self._nursery is not None:
+                self._nursery.start_soon(self.close_peer, node_id)
+            return
         if is_up == (node_id in self._up):
             return
         if is_up:
@@ -244,6 +264,23 @@ class Libp2pTransport:
         """See Transport."""
         self._running_host()
         return () if self._kad is None else await self._kad.find_addresses(node_id)
+
+    async def find_peers(self) -> dict[NodeId, tuple[str, ...]]:
+        """See Transport."""
+        self._running_host()
+        return {} if self._kad is None else await self._kad.find_peers()
+
+    def told_addresses(self, node_id: NodeId) -> tuple[str, ...]:
+        """See Transport."""
+        if self._host is None:
+            return ()
+        try:
+            # Not all addresses that the library has of it: those of others' hearsay are among them.
+            envelope = self._host.get_peerstore().get_peer_record(parse_id(node_id))
+            return () if envelope is None else dialable(node_id, envelope.record().addrs)
+        except Exception as exc:  # noqa: BLE001 - a record may be signed and malformed all the same
+            _logger.debug("peer record not read", peer=node_id, error=repr(exc))
+            return ()
 
     # --- streams -----------------------------------------------------------------------------------------------------
 
@@ -270,6 +307,9 @@ class Libp2pTransport:
     def _stream_handler(self, handler: StreamHandler) -> Any:
         async def handle(library_stream: Any) -> None:
             node_id = NodeId(library_stream.muxed_conn.peer_id.to_base58())
+            if self._is_refused(node_id):
+                await library_stream.reset()
+                return
             if not await serve_one(handler, node_id, Libp2pStream(library_stream, node_id)):
                 self._stream_failed_count += 1
 

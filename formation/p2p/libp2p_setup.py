@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import structlog
 from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
@@ -16,6 +18,7 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
+from multiaddr.utils import get_thin_waist_addresses  # type: ignore[import-untyped]
 
 from formation.core.errors import HostError, UsageError
 from formation.core.ids import NodeId
@@ -25,6 +28,10 @@ from formation.p2p.libp2p_muxer import Muxer
 # Connections, both directions: the file descriptors and 90 KB of memory that each costs stay within a small host.
 CONNECTION_COUNT_MAX = 512
 STREAM_COUNT_MAX = 16_384
+# Asked for with each message of the library's; a laptop that changed its network is told of within a minute.
+INTERFACES_TTL_S = 60.0
+
+_logger = structlog.get_logger(__name__)
 
 
 def make_host(key: KeyPair, listen: Sequence[Multiaddr], announce: Sequence[Multiaddr]) -> Any:
@@ -34,6 +41,7 @@ def make_host(key: KeyPair, listen: Sequence[Multiaddr], announce: Sequence[Mult
         key_pair=key_pair,
         listen_addrs=list(listen),
         announce_addrs=list(announce) or None,
+        addrs_factory=None if announce else _Announced(),
         # None would offer SECIO and plaintext, too: with plaintext a peer takes any identity.
         sec_opt={NOISE: Noise(key_pair, noise_privkey=create_x25519_key_pair().private_key)},
         muxer_opt={YAMUX: Muxer},
@@ -54,6 +62,37 @@ def make_host(key: KeyPair, listen: Sequence[Multiaddr], announce: Sequence[Mult
     network.retry_config = RetryConfig(max_retries=0)
     network.auto_connector = _NoAutoConnector()
     return host
+
+
+class _Announced:
+    """What to tell others of the addresses listened on: in place of "all interfaces", which nobody can dial, those of each.
+
+    A machine without any but its loopback says that: its nodes find one another.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Multiaddr, ...]] = {}
+        self._expires_s = 0.0
+
+    def __call__(self, candidates: Sequence[Multiaddr]) -> list[Multiaddr]:
+        if time.monotonic() >= self._expires_s:
+            self._known.clear()
+            self._expires_s = time.monotonic() + INTERFACES_TTL_S
+        return list(dict.fromkeys(told for address in candidates for told in self._expanded(address)))
+
+    def _expanded(self, address: Multiaddr) -> tuple[Multiaddr, ...]:
+        text = str(address)
+        if not text.startswith(("/ip4/0.0.0.0/", "/ip6/::/")):
+            return (address,)
+        if text not in self._known:
+            loopback = Multiaddr(text.replace("/ip4/0.0.0.0/", "/ip4/127.0.0.1/").replace("/ip6/::/", "/ip6/::1/"))
+            try:
+                found = tuple(get_thin_waist_addresses(address))
+            except OSError as exc:
+                _logger.warning("interfaces not read: only the loopback address is told to others", error=str(exc))
+                found = ()
+            self._known[text] = found or (loopback,)
+        return self._known[text]
 
 
 class _NoAutoConnector:

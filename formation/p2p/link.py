@@ -28,7 +28,8 @@ from formation.core.ids import NodeId
 from formation.p2p.backoff import Backoff
 from formation.p2p.frames import FRAME_SIZE_MAX_BYTES, FrameDecoder, encode_frame
 from formation.p2p.presence import Presence
-from formation.p2p.transport import READ_SIZE_MAX_BYTES, ByteStream, ConnectionCallback, Transport
+from formation.p2p.score import Offence
+from formation.p2p.transport import READ_SIZE_MAX_BYTES, ByteStream, ConnectionCallback, OffenceCallback, Transport
 
 LINK_PROTOCOL = "/formation/link/1"
 COALESCE_DELAY_S = 0.0005
@@ -145,6 +146,7 @@ class Links:
         self._inbound: dict[NodeId, trio.CancelScope] = {}
         self._handler: FrameHandler | None = None
         self._callbacks: list[ConnectionCallback] = []
+        self._on_offence: OffenceCallback = _ignore_offence
         self.counters = LinkCounters()
         transport.serve_stream(LINK_PROTOCOL, self._accept)
 
@@ -156,6 +158,10 @@ class Links:
     def on_link(self, callback: ConnectionCallback) -> None:
         """Tell when frames can be sent to a peer, and when no more."""
         self._callbacks.append(callback)
+
+    def on_offence(self, callback: OffenceCallback) -> None:
+        """Set who hears of peers that send what is no frame; before `run`."""
+        self._on_offence = callback
 
     def is_open(self, node_id: NodeId) -> bool:
         """Whether frames can be sent to it."""
@@ -331,6 +337,7 @@ class Links:
                 frames = decoder.feed(data)
             except DecodeError:
                 self.counters.fault_count += 1
+                self._on_offence(node_id, Offence.MALFORMED)
                 raise
             for frame in frames:
                 if frame:  # empty: a keep-alive
@@ -349,3 +356,7 @@ class Links:
         except Exception as exc:
             self.counters.fault_count += 1
             _logger.error("frame handler failed", peer=node_id, exc_info=exc)
+
+
+def _ignore_offence(node_id: NodeId, offence: Offence) -> None:
+    """Until somebody wants to know."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -24,6 +24,7 @@ from formation.p2p.transport import (
     ByteStream,
     ConnectionCallback,
     Deliver,
+    OffenceCallback,
     StreamHandler,
     TaskStatus,
     TransportStatistics,
@@ -108,6 +109,8 @@ class LoopbackNetwork:
         one, other = self._nodes.get(node_id), self._nodes.get(other_id)
         if one is None or other is None or one is other or not self._can_reach(node_id, other_id):
             return False
+        if one.is_refused(other_id) or other.is_refused(node_id):
+            return False
         pair = frozenset((node_id, other_id))
         if pair not in self._connections:
             self._connections[pair] = _Connection((one, other))
@@ -145,6 +148,7 @@ class LoopbackTransport:
         self._handlers: dict[str, StreamHandler] = {}
         self._topics: dict[str, tuple[Validate, Deliver]] = {}
         self._callbacks: list[ConnectionCallback] = []
+        self.is_refused: Callable[[NodeId], bool] = lambda node_id: False
         self._nursery: trio.Nursery | None = None
         self._seen: dict[tuple[NodeId, int], None] = {}
         self._sequence = network.rng.getrandbits(48)
@@ -171,11 +175,15 @@ class LoopbackTransport:
 
     # --- peers -------------------------------------------------------------------------------------------------------
 
-    async def dial(self, node_id: NodeId, addresses: Sequence[str]) -> None:
+    async def dial(self, node_id: NodeId, addresses: Sequence[str]) -> str:
         """See Transport."""
+        if node_id in self.connected():
+            await trio.lowlevel.checkpoint()
+            return ""
         await trio.sleep(self._network.delay_s())
         if address_of(node_id) not in addresses or not self._network.connect(self._node_id, node_id):
             raise UnavailableError(f"cannot reach {node_id}", hint="is that node running, and its address right?")
+        return address_of(node_id)
 
     def connected(self) -> frozenset[NodeId]:
         """See Transport."""
@@ -192,14 +200,31 @@ class LoopbackTransport:
                 todo.append(other)
         return (address_of(node_id),) if node_id in reached else ()
 
+    async def find_peers(self) -> dict[NodeId, tuple[str, ...]]:
+        """See Transport."""
+        await trio.sleep(self._network.delay_s())
+        near = {other for peer in self.connected() for other in self._network.peers_of(peer)} - {self._node_id}
+        return {node_id: (address_of(node_id),) for node_id in sorted(near)}
+
+    def told_addresses(self, node_id: NodeId) -> tuple[str, ...]:
+        """See Transport."""
+        return (address_of(node_id),) if node_id in self.connected() else ()
+
     async def close_peer(self, node_id: NodeId) -> None:
         """See Transport."""
         await trio.lowlevel.checkpoint()
         self._network.disconnect(frozenset((self._node_id, node_id)))
 
+    def refuse_peers(self, is_refused: Callable[[NodeId], bool]) -> None:
+        """See Transport."""
+        self.is_refused = is_refused
+
     def on_connection(self, callback: ConnectionCallback) -> None:
         """See Transport."""
         self._callbacks.append(callback)
+
+    def on_offence(self, callback: OffenceCallback) -> None:
+        """See Transport; here nobody can send what is malformed."""
 
     def note_connection(self, node_id: NodeId, is_up: bool) -> None:
         """A connection came or went (called by the network)."""

@@ -13,7 +13,8 @@ from formation.core.errors import DecodeError, FormationError, RemoteFault, Unav
 from formation.core.ids import NodeId
 from formation.p2p.calls import AnswerDecoder, encode_answer, encode_error
 from formation.p2p.frames import FrameDecoder, encode_frame
-from formation.p2p.transport import READ_SIZE_MAX_BYTES, ByteStream, Transport
+from formation.p2p.score import Offence
+from formation.p2p.transport import READ_SIZE_MAX_BYTES, ByteStream, OffenceCallback, Transport
 
 # Requests of one peer that are served at a time; more are refused as busy. Its streams are limited to 128 in all.
 SERVED_PER_PEER_MAX = 32
@@ -50,7 +51,12 @@ class Requests:
         self._transport = transport
         self._asking: dict[NodeId, trio.CapacityLimiter] = {}
         self._serving: Counter[NodeId] = Counter()
+        self._on_offence: OffenceCallback | None = None
         self.counters = RequestCounters()
+
+    def on_offence(self, callback: OffenceCallback) -> None:
+        """Set who hears of peers whose requests are malformed; before `run`."""
+        self._on_offence = callback
 
     async def ask(self, node_id: NodeId, protocol: str, payload: bytes, *, response_size_max_bytes: int) -> bytes:
         """Send a request to a connected peer and return its answer.
@@ -99,7 +105,7 @@ class Requests:
     async def _answer_of(self, handler: RequestHandler, node_id: NodeId, stream: ByteStream, size_max_bytes: int) -> bytes:
         try:
             with trio.fail_after(RECEIVE_TIMEOUT_S):
-                payload = await _receive_request(stream, size_max_bytes)
+                payload = await self._receive_request(node_id, stream, size_max_bytes)
         except (DecodeError, trio.TooSlowError) as exc:
             self.counters.refused_count += 1
             return encode_error(RemoteFault(str(exc) or "the request took too long to arrive"))
@@ -115,15 +121,21 @@ class Requests:
             _logger.error("request handler failed", peer=node_id, exc_info=exc)
             return encode_error(FormationError("the peer failed to answer", hint="see the log of that node"))
 
-
-async def _receive_request(stream: ByteStream, size_max_bytes: int) -> bytes:
-    decoder = FrameDecoder(size_max_bytes=size_max_bytes)
-    while True:
-        data = await stream.receive_some(READ_SIZE_MAX_BYTES)
-        if not data:
-            raise DecodeError("the request ended too early")
-        if frames := decoder.feed(data):
-            return frames[0]
+    async def _receive_request(self, node_id: NodeId, stream: ByteStream, size_max_bytes: int) -> bytes:
+        decoder = FrameDecoder(size_max_bytes=size_max_bytes)
+        while True:
+            data = await stream.receive_some(READ_SIZE_MAX_BYTES)
+            if not data:
+                # No offence: the caller may have been stopped.
+                raise DecodeError("the request ended too early")
+            try:
+                frames = decoder.feed(data)
+            except DecodeError:
+                if self._on_offence is not None:
+                    self._on_offence(node_id, Offence.MALFORMED)
+                raise
+            if frames:
+                return frames[0]
 
 
 async def _receive_answer(stream: ByteStream, node_id: NodeId, size_max_bytes: int) -> bytes:

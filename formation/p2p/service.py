@@ -8,20 +8,26 @@ gossip to whoever listens. What must travel up (a frame, a request, a message) t
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import structlog
 import trio
 
+from formation.core.errors import DecodeError, UsageError
 from formation.core.ids import NodeId
-from formation.p2p.discovery import Discovery
+from formation.p2p.discovery import Discovery, Sight
 from formation.p2p.frames import FRAME_SIZE_MAX_BYTES
 from formation.p2p.link import FrameHandler, Links
+from formation.p2p.peer_book import PeerBook
+from formation.p2p.peer_store import MemoryPeerStore, PeerStore
+from formation.p2p.ping import PROTOCOL as PING_PROTOCOL
+from formation.p2p.ping import ping, serve_ping
 from formation.p2p.presence import Presence
 from formation.p2p.publisher import Publisher
 from formation.p2p.requests import RequestHandler, Requests
 from formation.p2p.router import PeerState, PeerTable
+from formation.p2p.score import Offence, PeerScore, PeerScores, Refusal
 from formation.p2p.subscriber import Subscriber
 from formation.p2p.transport import (
     ByteStream,
@@ -39,10 +45,14 @@ __all__ = [
     "FRAME_SIZE_MAX_BYTES",
     "ByteStream",
     "FrameHandler",
+    "Offence",
     "P2pService",
     "P2pStatistics",
+    "PeerScore",
     "PeerState",
+    "Refusal",
     "RequestHandler",
+    "Sight",
     "StreamHandler",
     "Transport",
     "Verdict",
@@ -79,6 +89,10 @@ class P2pService:
       known_peers: multiaddrs by peer, kept connected from `run` on; ourselves among them are ignored.
       linked: the voters, with each of which a link is kept; ourselves among them are ignored.
       rng: for the jitter of waits.
+      store: where peers are remembered; none: nowhere.
+      now_ms: the wall clock, for what is remembered.
+      denied: peers that we have nothing to do with.
+      allowed: if there are any, nobody else is let in but the committee.
     """
 
     def __init__(
@@ -88,17 +102,40 @@ class P2pService:
         known_peers: Mapping[NodeId, tuple[str, ...]],
         linked: frozenset[NodeId],
         rng: random.Random,
+        store: PeerStore | None = None,
+        now_ms: Callable[[], int] = lambda: 0,
+        denied: frozenset[NodeId] = frozenset(),
+        allowed: frozenset[NodeId] = frozenset(),
     ) -> None:
         self._transport = transport
         self._presence = Presence()
+        self._store = MemoryPeerStore() if store is None else store
+        self._book = PeerBook(transport.node_id)
+        self._now_ms = now_ms
+        self._scores = PeerScores(denied=denied, allowed=allowed)
         self._table = PeerTable(transport.node_id, known_peers)
         self._links = Links(transport=transport, linked=linked, presence=self._presence, rng=rng)
-        self._discovery = Discovery(transport=transport, table=self._table, presence=self._presence, rng=rng)
+        self._discovery = Discovery(
+            transport=transport,
+            table=self._table,
+            presence=self._presence,
+            scores=self._scores,
+            book=self._book,
+            save=self._store.save,
+            now_ms=now_ms,
+            rng=rng,
+        )
         self._requests = Requests(transport)
         self._visits = Visits(transport, self._discovery, self._table, self._requests)
         self._publisher = Publisher(transport)
-        self._subscriber = Subscriber(transport)
+        self._subscriber = Subscriber(transport, on_offence=self.report)
         self._peer_callbacks: list[ConnectionCallback] = []
+        self._nursery: trio.Nursery | None = None
+        transport.refuse_peers(self._is_refused)
+        transport.on_offence(self.report)
+        transport.serve_stream(PING_PROTOCOL, serve_ping)
+        self._links.on_offence(self.report)
+        self._requests.on_offence(self.report)
         transport.on_connection(self._note_connection)
         self._links.on_link(self._table.set_linked)
 
@@ -116,12 +153,27 @@ class P2pService:
           HostError: none of the addresses could be listened on.
         """
         self._table.begin(now_s=trio.current_time())
+        await self._load_book()
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             addresses: tuple[str, ...] = await nursery.start(self._transport.run)
             nursery.start_soon(self._discovery.run)
             nursery.start_soon(self._links.run)
             _logger.info("listening", node_id=self.node_id, addresses=addresses)
             task_status.started(addresses)
+
+    async def _load_book(self) -> None:
+        data = await self._store.load()
+        if not data:
+            return
+        try:
+            self._book.read(data, now_ms=self._now_ms())
+        except DecodeError as exc:
+            await self._store.put_aside(exc.message)
+            return
+        for node_id in self._book.banned:
+            self._scores.ban(node_id)
+        _logger.info("peers remembered", count=len(self._book), banned_count=len(self._book.banned))
 
     # --- links -------------------------------------------------------------------------------------------------------
 
@@ -140,6 +192,15 @@ class P2pService:
     def set_linked(self, linked: frozenset[NodeId]) -> None:
         """Keep links to these peers from now on, and to no others: the committee changed."""
         self._links.set_linked(linked)
+
+    def set_voters(self, voters: frozenset[NodeId]) -> None:
+        """Who votes now: never banned by score, always allowed, never let go, and missed when out of sight."""
+        self._scores.protect(voters)
+        self._discovery.set_voters(voters)
+        for node_id in self._transport.connected():
+            # Who left the committee may be refused from now on.
+            if self._is_refused(node_id):
+                self._close_soon(node_id)
 
     def on_frame(self, handler: FrameHandler) -> None:
         """Set the one receiver of frames; before `run`. Its slowness is back-pressure for that peer only."""
@@ -238,9 +299,71 @@ class P2pService:
             gossip_ignored_count=gossip.ignored_count,
         )
 
+    def sight(self) -> Sight:
+        """Whom of the committee we see."""
+        return self._discovery.sight()
+
+    def report(self, node_id: NodeId, offence: Offence) -> None:
+        """A peer did what no correct one does: its score falls, and below a limit it is banned for a while."""
+        if self._scores.note(node_id, offence, now_s=trio.current_time()):
+            _logger.warning("peer banned", peer=node_id, reason=offence.value, hint=f"formation peer unban {node_id}")
+            self._close_soon(node_id)
+
+    def scores(self) -> tuple[PeerScore, ...]:
+        """How those peers stand that we have noted something of."""
+        return self._scores.scores(now_s=trio.current_time())
+
+    def score_of(self, node_id: NodeId) -> PeerScore:
+        """How a peer stands."""
+        return self._scores.score_of(node_id, now_s=trio.current_time())
+
+    async def ban(self, node_id: NodeId) -> None:
+        """Have nothing to do with a peer until `unban`, also after a restart.
+
+        Raises:
+          UsageError: it is ourselves, or too many are banned.
+        """
+        if node_id == self.node_id:
+            raise UsageError("a node cannot ban itself", hint="formation peer list shows the others")
+        try:
+            self._scores.ban(node_id)
+        except OverflowError as exc:
+            raise UsageError(str(exc), hint="formation peer unban, or a firewall") from exc
+        self._book.set_banned(self._scores.manual_bans)
+        await self._discovery.save_book()
+        await self._transport.close_peer(node_id)
+
+    async def unban(self, node_id: NodeId) -> bool:
+        """Forgive a peer: its score is 0 again; whether it was banned."""
+        was_banned = self._scores.unban(node_id, now_s=trio.current_time())
+        self._book.set_banned(self._scores.manual_bans)
+        await self._discovery.save_book()
+        return was_banned
+
+    async def ping(self, node_id: NodeId) -> float:
+        """Seconds there and back; connects to the peer first if need be. The timeout is the caller's.
+
+        Raises:
+          UnavailableError: it cannot be reached, is refused here, or does not answer.
+        """
+        await self._discovery.connect(node_id)
+        return await ping(self._transport, node_id)
+
+    def remembered_addresses(self, node_id: NodeId) -> tuple[str, ...]:
+        """Where the peer book says that it is."""
+        return self._book.addresses(node_id)
+
+    def _is_refused(self, node_id: NodeId) -> bool:
+        return self._scores.refusal(node_id, now_s=trio.current_time()) is not None
+
+    def _close_soon(self, node_id: NodeId) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(self._transport.close_peer, node_id)
+
     def _note_connection(self, node_id: NodeId, is_up: bool) -> None:
         _logger.debug("peer up" if is_up else "peer down", peer=node_id)
         self._table.set_connected(node_id, is_up, now_s=trio.current_time())
         self._presence.note(node_id, is_up)
+        self._discovery.note_connection(node_id, is_up)
         for callback in self._peer_callbacks:
             callback(node_id, is_up)

@@ -8,7 +8,8 @@ import structlog
 
 from formation.core.errors import FormationError
 from formation.core.ids import NodeId
-from formation.p2p.transport import Deliver, Transport, Validate, Verdict
+from formation.p2p.score import Offence
+from formation.p2p.transport import Deliver, OffenceCallback, Transport, Validate, Verdict
 
 _logger = structlog.get_logger(__name__)
 
@@ -27,8 +28,9 @@ class GossipCounters:
 class Subscriber:
     """Runs validators and receivers so that they cannot harm the network."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, *, on_offence: OffenceCallback) -> None:
         self._transport = transport
+        self._on_offence = on_offence
         self.counters = GossipCounters()
 
     def subscribe_topic(self, topic: str, validate: Validate, deliver: Deliver) -> None:
@@ -38,6 +40,8 @@ class Subscriber:
             verdict = self._judge(topic, validate, author, data)
             if verdict is Verdict.REJECT:
                 self.counters.rejected_count += 1
+                # The author's: its signature was checked, and who passed it on may know other rules.
+                self._on_offence(author, Offence.REJECTED)
             elif verdict is Verdict.IGNORE:
                 self.counters.ignored_count += 1
             return verdict

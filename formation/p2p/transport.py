@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from formation.core.ids import NodeId
+from formation.p2p.score import Offence
 
 # One gossip message; libp2p itself drops RPCs above 1 MiB silently, and a message shares its RPC with others.
 GOSSIP_SIZE_MAX_BYTES = 512 * 1024
@@ -52,6 +53,10 @@ Deliver = Callable[[NodeId, bytes], None]
 
 ConnectionCallback = Callable[[NodeId, bool], None]
 """(peer, up): up with its first connection, down with its last; must not block."""
+
+
+OffenceCallback = Callable[[NodeId, Offence], None]
+"""(connected peer, what it did); must not block."""
 
 
 class ByteStream(Protocol):
@@ -119,8 +124,8 @@ class Transport(Protocol):
         """
         ...
 
-    async def dial(self, node_id: NodeId, addresses: Sequence[str]) -> None:
-        """Connect to a peer; returns at once if connected.
+    async def dial(self, node_id: NodeId, addresses: Sequence[str]) -> str:
+        """Connect to a peer, trying the addresses in turn; the one that answered, "" if it was connected already.
 
         Raises:
           UnavailableError: none of the addresses answered as that peer.
@@ -159,12 +164,28 @@ class Transport(Protocol):
         """Multiaddrs of a peer that others know; () if nobody does."""
         ...
 
+    def told_addresses(self, node_id: NodeId) -> tuple[str, ...]:
+        """Where a connected peer says, with its signature, that it can be dialled; () until it has said so."""
+        ...
+
+    async def find_peers(self) -> dict[NodeId, tuple[str, ...]]:
+        """Some peers that others know, with their addresses; another few each time. Hearsay: nobody proved it."""
+        ...
+
     async def close_peer(self, node_id: NodeId) -> None:
         """Close all connections to a peer at once, without waiting for it. Never raises."""
         ...
 
+    def refuse_peers(self, is_refused: Callable[[NodeId], bool]) -> None:
+        """Have nothing to do with peers of whom this holds: what they open is closed, and nobody hears of it. Before `run`."""
+        ...
+
     def on_connection(self, callback: ConnectionCallback) -> None:
         """Tell of peers that come and go; set before `run`."""
+        ...
+
+    def on_offence(self, callback: OffenceCallback) -> None:
+        """Tell what connected peers do that no correct one does, as far as the transport itself sees it; set before `run`."""
         ...
 
     def statistics(self) -> TransportStatistics:

@@ -71,14 +71,16 @@ def has_followers(connected: Iterable[NodeId], *, voters: Iterable[NodeId]) -> b
 
 
 def take_message(author: NodeId, data: bytes, *, voters: Iterable[NodeId]) -> tuple[bytes, ...] | None:
-    """The frames to look at in a message whose author is proven; None: it is ignored, its author does not vote here.
+    """The frames to look at in a message whose author is proven; None: it is ignored, its author does not vote here (it may
+    elsewhere, where another epoch is known).
 
     Frames are as hostile as those of any peer, and count against the author's rate (`limits.PeerLimits`).
 
     Raises:
-      DecodeError: a voter sent what is no message; it is not passed on.
+      DecodeError: it is no message, whoever sent it; it is not passed on.
     """
-    return unpack_frames(data) if author in voters else None
+    frames = unpack_frames(data)
+    return frames if author in voters else None
 
 
 class Outbox:

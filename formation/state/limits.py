@@ -37,6 +37,8 @@ VOTER_BURST_COUNT = 65_536
 TOKEN_SIZE_BYTES = 1024
 # Peers remembered: more than a committee and its admitted nodes; the one heard of longest ago is forgotten first.
 PEER_COUNT_MAX = 2_048
+# After a pause of ours, all that a peer sent meanwhile comes at once: that is one moment's flood and not a thousand.
+FLOOD_TOLD_NS = NS_PER_S
 
 
 class Bucket:
@@ -89,10 +91,11 @@ class AuthorRates:
 class PeerLimits:
     """The buckets of all peers."""
 
-    __slots__ = ("_buckets", "dropped_count")
+    __slots__ = ("_buckets", "_flooded_ns", "dropped_count")
 
     def __init__(self) -> None:
         self._buckets: OrderedDict[str, tuple[Bucket, Bucket]] = OrderedDict()
+        self._flooded_ns: OrderedDict[str, int] = OrderedDict()
         self.dropped_count = 0
         """Frames above their peer's rate."""
 
@@ -112,3 +115,14 @@ class PeerLimits:
             return True
         self.dropped_count += 1
         return False
+
+    def is_news(self, peer: str, *, now_ns: int) -> bool:
+        """Whether to tell that a frame of this peer was not admitted: once in FLOOD_TOLD_NS, however many they are."""
+        last_ns = self._flooded_ns.get(peer)
+        if last_ns is not None and 0 <= now_ns - last_ns < FLOOD_TOLD_NS:
+            return False
+        self._flooded_ns[peer] = now_ns
+        self._flooded_ns.move_to_end(peer)
+        if len(self._flooded_ns) > PEER_COUNT_MAX:
+            self._flooded_ns.popitem(last=False)
+        return True

@@ -39,7 +39,7 @@ from formation.core.intent import SignedIntent, check_intent, parse_intent
 from formation.core.keys import KeyPair
 from formation.core.manifest import Manifest
 from formation.core.spec import VmSpec, check_vm_spec
-from formation.p2p.service import P2pService
+from formation.p2p.service import Offence, P2pService
 from formation.p2p.transport import TaskStatus, Verdict
 from formation.state import gossip, sync
 from formation.state.accounts import Actor
@@ -600,6 +600,7 @@ class StateService:
                 self._commit_wanted.set()
             case Fault(node_id, reason):
                 self._fault_count += 1
+                self._p2p.report(node_id, Offence.REJECTED)
                 # At 1, 2, 4, 8, …: a hostile peer must not fill the disk with our log.
                 if self._fault_count & (self._fault_count - 1) == 0:
                     _logger.warning("state.peer_fault", peer=node_id, reason=reason, count=self._fault_count)
@@ -648,6 +649,7 @@ class StateService:
             if node_id != self._node_id:
                 self._p2p.add_known_peer(node_id, seat.addresses)
         self._p2p.set_linked(linked)
+        self._p2p.set_voters(frozenset(state.committee.committee.node_ids))
 
     async def _commit_loop(self) -> None:
         """The store's one user for writing: what gathered while a commit ran goes into the next."""
@@ -723,8 +725,16 @@ class StateService:
     # ── network ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _on_frame(self, node_id: NodeId, frame: bytes) -> None:
-        if self._is_ready and self._limits.admits(node_id, size_bytes=len(frame), now_ns=self._clock.now_ns()):
+        self._take_frame(node_id, frame)
+
+    def _take_frame(self, node_id: NodeId, frame: bytes) -> None:
+        if not self._is_ready:
+            return
+        now_ns = self._clock.now_ns()
+        if self._limits.admits(node_id, size_bytes=len(frame), now_ns=now_ns):
             self._handle(FrameReceived(node_id, frame))
+        elif self._limits.is_news(node_id, now_ns=now_ns):
+            self._p2p.report(node_id, Offence.FLOOD)
 
     def _on_link(self, node_id: NodeId, is_up: bool) -> None:
         if is_up:
@@ -733,7 +743,11 @@ class StateService:
     async def _serve_sync(self, node_id: NodeId, data: bytes) -> bytes:
         if not self._is_ready:
             raise UnavailableError("the node is not ready yet", hint="try again in a moment")
-        return await self._syncer.serve(node_id, data)
+        try:
+            return await self._syncer.serve(node_id, data)
+        except DecodeError:
+            self._p2p.report(node_id, Offence.MALFORMED)
+            raise
 
     async def _gossip_loop(self) -> None:
         """Publish what observers follow, if there are any; drop it otherwise."""
@@ -760,8 +774,7 @@ class StateService:
 
     def _deliver_gossip(self, author: NodeId, data: bytes) -> None:
         for frame in gossip.take_message(author, data, voters=self._voters) or ():
-            if self._is_ready and self._limits.admits(author, size_bytes=len(frame), now_ns=self._clock.now_ns()):
-                self._handle(FrameReceived(author, frame))
+            self._take_frame(author, frame)
 
     @property
     def _voters(self) -> tuple[NodeId, ...]:

@@ -29,7 +29,7 @@ STATE_OUTSIDE = frozenset({"cell_reader", "disk", "disk_files", "segments", "ser
 STATE_PURE = sorted(path.stem for path in (PACKAGE / "state").glob("*.py") if path.stem not in STATE_OUTSIDE)
 PURE_MODULES = [
     *(f"core/{name}" for name in ("clock", "codec", "errors", "event", "grants", "ids", "intent", "spec", "units")),
-    *(f"p2p/{name}" for name in ("backoff", "frames", "router", "yamux")),
+    *(f"p2p/{name}" for name in ("backoff", "frames", "peer_book", "router", "score", "yamux")),
     *(f"state/{name}" for name in STATE_PURE),
     *(f"pack/{name}" for name in ("formfile", "manifest", "plan")),
     *(f"vmm/{name}" for name in ("allocator", "devices", "lifecycle", "plan", "pvh", "qmp", "words")),

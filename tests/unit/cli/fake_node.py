@@ -77,6 +77,7 @@ class FakeNode:
         self.log = b"hello from the guest\n"
         self.break_streams = 0
         self.accounts = FakeAccounts()
+        self.partitioned_s: float | None = None
         self.answers: dict[str, Any] = {}
         """Path (below /v1/) → what a GET of it answers."""
         self.files: dict[str, list[bytes]] = {}
@@ -214,7 +215,14 @@ class FakeNode:
         """As a node answers."""
         return {
             "node": {"id": NODE_1, "name": "n1", "version": "0.1.0", "uptime_s": 61.0, "data_dir": "/data"},
-            "network": {"id": NETWORK_ID.hex(), "name": "home", "voters": 4, "quorum_size": 3, "fault_count_max": 1},
+            "network": {
+                "id": NETWORK_ID.hex(),
+                "name": "home",
+                "voters": 4,
+                "quorum_size": 3,
+                "fault_count_max": 1,
+                "sight": {"seen_count": 1 if self.partitioned_s else 4, "voter_count": 4, "partitioned_s": self.partitioned_s},
+            },
             "state": {
                 "has_quorum": True,
                 "observed_count": 12,
@@ -505,7 +513,10 @@ class _Handler(BaseHTTPRequestHandler):
                 data = node.files[name].pop(0)
                 self._file(data)
             case _ if "/".join(path) in node.answers:
-                self._json(node.answers["/".join(path)])
+                answer = node.answers["/".join(path)]
+                if isinstance(answer, FormationError):
+                    raise answer
+                self._json(answer)
             case _:
                 raise NotFoundError("no such route")
 

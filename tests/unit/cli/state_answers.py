@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from formation.core.errors import ConflictError, UnavailableError
 from tests.unit.cli.fake_node import NODE_1, NODE_2
 
 LANE = "8a" * 32 + "01a20ff241080000d237"
@@ -17,6 +18,16 @@ def answers() -> dict[str, Any]:
         "state": state(),
         "state/diff": diff(),
         "voters": voters(),
+        "peers": peers(),
+        "peers/n2": peers()[0],
+        "peers/n3": peers()[1],
+        "peers/12D3": ConflictError("'12D3' matches 3 of kind peer", hint="give the full id"),
+        "POST peers/n2/ban": peers()[0] | {"connected": False, "linked": False, "refused_by": "ban", "banned_for_s": None},
+        "POST peers/n3/unban": peers()[1] | {"refused_by": "", "banned_for_s": 0.0, "was_banned": True},
+        "POST peers/n2/unban": peers()[0] | {"was_banned": False},
+        "POST peers/n4/unban": peers()[2] | {"was_banned": False},
+        "POST peers/n2/ping": {"node_id": NODE_2, "name": "n2", "latency_ms": 2.31},
+        "POST peers/n3/ping": UnavailableError("n3 does not answer within 15 s", hint="formation peer show n3"),
         f"ops/{op_id}": op(op_id),
         "ops/00112233": op(op_id, void="held by n2 since height 3"),
         "ops/44556677": op(op_id, level="observed"),
@@ -28,6 +39,20 @@ def seats() -> list[dict[str, Any]]:
         {"name": f"n{i}", "node_id": f"12D3KooW{i}", "addresses": [f"/ip4/192.0.2.{i}/tcp/4700"], "online": i < 4}
         | {"last_ack_age_s": None if i == 4 else 0.2 * i}
         for i in range(1, 5)
+    ]
+
+
+def peers() -> list[dict[str, Any]]:
+    fields = {"connected": False, "linked": False, "is_known": False, "is_voter": False, "addresses": []}
+    clean = {"score": 0.0, "offence_count": 0, "last_offence": "", "refused_by": "", "banned_for_s": 0.0}
+    guilty = {"score": -62.5, "offence_count": 5, "last_offence": "bad-signature", "refused_by": "score", "banned_for_s": 241.0}
+    return [
+        {"node_id": NODE_2, "name": "n2", "since_s": 3725.0}
+        | fields
+        | clean
+        | {"connected": True, "linked": True, "is_voter": True, "is_known": True, "addresses": ["/ip4/192.0.2.2/tcp/4700"]},
+        {"node_id": f"12D3KooW{'C' * 43}3", "name": "n3", "since_s": None} | fields | guilty,
+        {"node_id": f"12D3KooW{'D' * 43}4", "name": "n4", "since_s": 12.0} | fields | clean | {"refused_by": "deny_peers"},
     ]
 
 

@@ -76,6 +76,8 @@ def _set_up(node: FakeNode, words: list[str]) -> None:
             node.outcome = outcome
         case ["stop"]:
             node.stop()
+        case ["cut", seconds]:
+            node.partitioned_s = float(seconds)
         case ["state"]:
             node.answers |= answers()
         case ["claim", space, key, owner, left_ms]:

@@ -136,6 +136,7 @@ def test_a_bad_variable_is_named() -> None:
 def test_lists_are_copied() -> None:
     """A tuple of flags becomes a list, as a file has it."""
     assert check_value("node.listen", ("/ip4/127.0.0.1/tcp/1",), where="flag") == ["/ip4/127.0.0.1/tcp/1"]
+    assert check_value("node.deny_peers", [], where="flag") == []
 
 
 def test_a_file_gives_its_settings_by_dotted_name(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import trio
 from formation.core.clock import NS_PER_MS
 from formation.core.errors import HostError
 from formation.core.event import Event, NodeAdvertised, VmRequested, event_body
+from formation.core.ids import NodeId
 from formation.core.intent import NONCE_SIZE_BYTES, Intent, SignedIntent, sign_intent
 from formation.core.keys import KeyPair
 from formation.core.manifest import Manifest, found_network
@@ -82,6 +83,8 @@ class Nodes:
         self.worlds = [TwinWorld() for _ in self.keys]
         self.ahead_s = dict.fromkeys(range(len(self.keys)), 0.0)
         """How wrong each node's clock is."""
+        self.liars: set[NodeId] = set()
+        """Whom a test lets misbehave."""
         self.running: dict[int, Node] = {}
         self._hosts = hosts
         self._scopes: dict[int, trio.CancelScope] = {}
@@ -223,6 +226,10 @@ async def running(
     async with trio.open_nursery() as nursery:
         await nodes.start(nursery, *range(voters + observers if started is None else started))
         yield nodes
+        # Whatever a test did to them: correct nodes have nothing against each other.
+        honest = {key.node_id for key in nodes.keys} - nodes.liars
+        records = [score for node in nodes.running.values() for score in node.p2p.scores()]
+        assert all(score.node_id not in honest for score in records if score.offence_count), records
         nursery.cancel_scope.cancel()
 
 
@@ -274,6 +281,8 @@ def _settings(name: str, folder: Path) -> NodeSettings:
         cache_dir=folder / "cache",
         manifest=folder / "network.toml",
         listen=(),
+        allow_peers=frozenset(),
+        deny_peers=frozenset(),
         public_address="127.0.0.1",
         api_socket=folder / "node.sock",
         api_tcp="",

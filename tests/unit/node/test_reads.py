@@ -34,6 +34,7 @@ async def test_one_screen_of_a_healthy_network(tmp_path: Path, jumping_clock: Cl
             "voters": 4,
             "quorum_size": 3,
             "fault_count_max": 1,
+            "sight": {"seen_count": 4, "voter_count": 4, "partitioned_s": None},
         }
         assert status["state"]["has_quorum"]
         assert [voter["name"] for voter in status["state"]["voters"]] == ["n0", "n1", "n2", "n3"]

@@ -9,6 +9,7 @@ import pytest
 from formation.core.config import Value, default_values
 from formation.core.errors import HostError, UsageError
 from formation.core.ids import check_label
+from formation.core.keys import KeyPair
 from formation.core.units import GIB
 from formation.node.settings import NodeSettings, node_settings, offered_capacity, split_host_port
 
@@ -30,6 +31,14 @@ def test_the_nodes_part_of_the_configuration_is_typed() -> None:
     assert (found.name, found.api_tcp, found.log_level, found.hypervisor) == ("n1", "127.0.0.1:4701", "info", "auto")
 
 
+def test_lists_of_peers() -> None:
+    """Ids of nodes; none by default."""
+    node_id = KeyPair(b"\x01" * 32).node_id
+    assert settings().allow_peers == settings().deny_peers == frozenset()
+    found = settings(allow_peers=[node_id], deny_peers=[node_id, node_id])
+    assert found.allow_peers == found.deny_peers == frozenset((node_id,))
+
+
 def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A path is taken from where the node was started, and ~ is the home directory."""
     monkeypatch.chdir(tmp_path)
@@ -44,6 +53,8 @@ def test_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     ("changes", "message"),
     [
         ({"name": "No Name"}, "^node.name: 'No Name'"),
+        ({"allow_peers": ["n2"]}, "node.allow_peers: 'n2' is not a node id"),
+        ({"deny_peers": ["12D3KooW", ""]}, "node.deny_peers: '12D3KooW' is not a node id"),
         ({"api_tcp": "4701"}, "node.api_tcp: '4701' is not HOST:PORT"),
         ({"api_socket": "/" + "a" * 108}, "socket path .* is longer"),
     ],

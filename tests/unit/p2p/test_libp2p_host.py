@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import trio
 import trio.testing
+from libp2p.crypto.ed25519 import create_new_key_pair
 
 from formation.core.errors import HostError, UnavailableError, UsageError
+from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
 from formation.p2p.libp2p_host import make_libp2p_transport
+from formation.p2p.score import Offence
 from formation.p2p.transport import Verdict
 
 pytestmark = pytest.mark.net
@@ -143,4 +148,57 @@ async def test_a_failure_of_identify_is_survived(monkeypatch: pytest.MonkeyPatch
             await b.dial(a.node_id, addresses)
             await failed.wait()
             await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+
+
+async def test_hostile_gossip_is_its_senders_offence() -> None:
+    """A signature that is wrong, and bytes that are no RPC; a good message before and after is none."""
+    a, b = (make_libp2p_transport(KeyPair(seed * 32), ANY_PORT) for seed in (b"a", b"b"))
+    got: list[bytes] = []
+    offences: list[tuple[NodeId, Offence]] = []
+    a.subscribe("topic", lambda author, data: Verdict.ACCEPT, lambda author, data: got.append(data))
+    a.on_offence(lambda node_id, offence: offences.append((node_id, offence)))
+
+    async def publish_until(data: bytes, check: Callable[[], bool]) -> None:
+        while not check():
+            await b.publish("topic", data)
+            await trio.sleep(0.02)
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            addresses = await nursery.start(a.run)
+            await nursery.start(b.run)
+            await b.dial(a.node_id, addresses)
+            await publish_until(b"good", lambda: bool(got))
+            assert offences == []
+            right_key = b._gossip.sign_key
+            b._gossip.sign_key = create_new_key_pair(b"x" * 32).private_key
+            await publish_until(b"bad", lambda: bool(offences))
+            assert set(offences) == {(b.node_id, Offence.BAD_SIGNATURE)}
+            assert b"bad" not in got
+            b._gossip.sign_key = right_key
+            await trio.sleep(0.2)
+            offences.clear()
+            (stream,) = b._gossip.peers.values()
+            await stream.write(b"\x05\xff\xff\xff\xff\xff")
+            while not offences:  # noqa: ASYNC110 - no event for it
+                await trio.sleep(0.01)
+            assert offences == [(b.node_id, Offence.MALFORMED)]
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_node_on_all_interfaces_tells_addresses_that_can_be_dialled() -> None:
+    """The default: one of the machine's own addresses each, never 0.0.0.0."""
+    a, b = (make_libp2p_transport(KeyPair(seed * 32), ["/ip4/0.0.0.0/tcp/0"]) for seed in (b"a", b"b"))
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(a.run)
+            (listened,) = await nursery.start(b.run)
+            await a.dial(b.node_id, (listened.replace("0.0.0.0", "127.0.0.1"),))
+            while not (told := a.told_addresses(b.node_id)):  # noqa: ASYNC110 - no event for it
+                await trio.sleep(0.05)
+            await a.close_peer(b.node_id)
+            while b.connected():  # noqa: ASYNC110 - no event for it
+                await trio.sleep(0.05)
+            assert await a.dial(b.node_id, told) in told
             nursery.cancel_scope.cancel()

@@ -12,6 +12,8 @@ from trio.testing import MockClock
 
 from formation.core.errors import DecodeError, DeniedError, FormationError, NotFoundError, UnavailableError, UsageError
 from formation.core.ids import NodeId
+from formation.p2p.frames import encode_frame
+from formation.p2p.link import LINK_PROTOCOL
 from formation.p2p.loopback import LoopbackNetwork, address_of
 from formation.p2p.publisher import TOPIC_LENGTH_MAX
 from formation.p2p.requests import ASKED_PER_PEER_MAX, RECEIVE_TIMEOUT_S, SERVE_TIMEOUT_S, SERVED_PER_PEER_MAX
@@ -317,10 +319,10 @@ async def test_many_who_want_one_peer_dial_it_once(autojump_clock: MockClock) ->
     dial_count = 0
     dial = a._transport.dial
 
-    async def count(node_id: NodeId, addresses: Sequence[str]) -> None:
+    async def count(node_id: NodeId, addresses: Sequence[str]) -> str:
         nonlocal dial_count
         dial_count += 1
-        await dial(node_id, addresses)
+        return await dial(node_id, addresses)
 
     a._transport.dial = count  # type: ignore[method-assign]
     a._table.add_known(D, (address_of(D),), now_s=0)
@@ -380,6 +382,8 @@ async def test_gossip_goes_through_the_judges(autojump_clock: MockClock) -> None
             2,
         )
         assert a.statistics().gossip_published_count == 5
+        # Refused, which is the author's fault; that a judge of ours failed is not.
+        assert [(s.node_id, s.offence_count, s.last_offence) for s in b.scores()] == [(A, 1, "rejected")]
         for topic in ("", "x" * (TOPIC_LENGTH_MAX + 1)):
             with pytest.raises(UsageError, match="topic"):
                 await a.publish_event(topic, b"")
@@ -405,3 +409,37 @@ def test_importing_the_service_does_not_import_libp2p() -> None:
     """It costs a second and 60 MB, and the rooms above are tested without it."""
     code = "import sys, formation.p2p.service, formation.p2p.loopback; sys.exit('libp2p' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_offences_on_links_and_in_requests_are_noted(autojump_clock: MockClock) -> None:
+    """What is no frame costs the peer that sent it; what only ended early, or came to the wrong door, does not."""
+    network = LoopbackNetwork(1)
+    a = make(network, A)
+    a.serve_requests(PROTOCOL, double, request_size_max_bytes=10)
+    peers = {node_id: network.transport(node_id) for node_id in (B, C, D)}
+    async with running(a) as nursery:
+        for transport in peers.values():
+            await nursery.start(transport.run)
+            await transport.dial(A, (address_of(A),))
+
+        async def send(node_id: NodeId, protocol: str, data: bytes) -> None:
+            stream = await peers[node_id].open_stream(A, protocol)
+            try:
+                await stream.send_all(data)
+                await stream.send_eof()
+            except UnavailableError:
+                pass  # it has been shown the door
+            await trio.sleep(1)
+            await stream.aclose()
+
+        await send(B, LINK_PROTOCOL, encode_frame(b"good"))
+        await send(D, LINK_PROTOCOL, b"\xff" * 20)
+        await send(C, PROTOCOL, encode_frame(b"cut")[:-1])
+        assert a.scores() == ()
+        await send(B, LINK_PROTOCOL, b"\xff" * 20)
+        await send(C, PROTOCOL, b"\xff" * 20)
+        await send(C, PROTOCOL, encode_frame(b"far too long"))
+        assert [(s.node_id, s.offence_count, s.last_offence) for s in a.scores()] == [(B, 1, "malformed"), (C, 2, "malformed")]
+        for _ in range(4):
+            await send(C, PROTOCOL, b"\xff" * 20)
+        assert [peer.node_id for peer in a.peers() if peer.connected] == [B, D]

@@ -358,3 +358,87 @@ async def test_stopping_is_quick_and_seen_by_peers(kind: str) -> None:
             with pytest.raises(UnavailableError):
                 await a.open_stream(b.node_id, "/echo/1")
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_dial_tells_which_address_answered(kind: str) -> None:
+    """The others are not there; a second dial tells none, for nothing was dialled."""
+    a, b = make_transports(kind, 2)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(a.run)
+            (address,) = await nursery.start(b.run)
+            assert await a.dial(b.node_id, ("/ip4/127.0.0.1/tcp/1", address)) == address
+            assert await a.dial(b.node_id, (address,)) == ""
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_peer_says_where_it_is(kind: str) -> None:
+    """Dialled or dialling, where it listens; of those that are not connected nothing is said."""
+    a, b = make_transports(kind, 2)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            listened_a = await nursery.start(a.run)
+            listened_b = await nursery.start(b.run)
+            assert a.told_addresses(b.node_id) == ()
+            await a.dial(b.node_id, listened_b)
+            await until(lambda: a.told_addresses(b.node_id) == listened_b)
+            await until(lambda: b.told_addresses(a.node_id) == listened_a)
+            assert a.told_addresses(KeyPair(b"z" * 32).node_id) == ()
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_others_tell_of_peers(kind: str) -> None:
+    """b and c are connected to a only; b hears of c, with an address that is right."""
+    async with running(kind, 3) as (_, b, c):
+        while not (addresses := (await b.find_peers()).get(c.node_id, ())):  # noqa: ASYNC110 - nothing tells when
+            await trio.sleep(0.1)
+        assert await b.dial(c.node_id, addresses) in addresses
+        assert b.node_id not in await b.find_peers()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_refused_peer_gets_nothing(kind: str) -> None:
+    """Whoever dials: no stream is served, nobody hears of it, and it is gone soon. Others are served; later it is, too."""
+    a, b, c = make_transports(kind, 3)
+    refused = {b.node_id}
+    heard: list[tuple[NodeId, bool]] = []
+    served: list[NodeId] = []
+
+    async def serve(node_id: NodeId, stream: ByteStream) -> None:
+        served.append(node_id)
+        await echo(node_id, stream)
+
+    async def ask(transport: Transport) -> bool:
+        try:
+            stream = await transport.open_stream(a.node_id, "/echo/1")
+            await stream.send_all(b"x")
+            return await stream.receive_some(1) == b"x"
+        except UnavailableError:
+            return False
+
+    a.refuse_peers(lambda node_id: node_id in refused)
+    a.on_connection(lambda node_id, is_up: heard.append((node_id, is_up)))
+    a.serve_stream("/echo/1", serve)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            listened = [await nursery.start(transport.run) for transport in (a, b, c)]
+            await c.dial(a.node_id, listened[0])
+            for dialler, other, addresses in ((b, a, listened[0]), (a, b, listened[1])):
+                try:
+                    await dialler.dial(other.node_id, addresses)
+                except UnavailableError:
+                    pass  # refused before it was up
+                assert not await ask(b)
+                await until(lambda: b.node_id not in a.connected() and a.node_id not in b.connected())
+            assert served == []
+            assert await ask(c)
+            assert heard == [(c.node_id, True)]
+            refused.clear()
+            await b.dial(a.node_id, listened[0])
+            assert await ask(b)
+            assert served == [c.node_id, b.node_id]
+            await until(lambda: heard == [(c.node_id, True), (b.node_id, True)])
+            nursery.cancel_scope.cancel()

@@ -52,6 +52,19 @@ def test_peers_are_forgotten_oldest_first() -> None:
     assert len(limits._buckets) == PEER_COUNT_MAX
 
 
+def test_a_flood_is_told_once_a_second() -> None:
+    """However many frames it is, of each peer by itself; a clock that was set back tells once more. It is bounded, too."""
+    limits = PeerLimits()
+    assert [limits.is_news("a", now_ns=NOW_NS + step) for step in range(3)] == [True, False, False]
+    assert limits.is_news("b", now_ns=NOW_NS)
+    assert not limits.is_news("a", now_ns=NOW_NS + NS_PER_S - 1)
+    assert limits.is_news("a", now_ns=NOW_NS + NS_PER_S)
+    assert limits.is_news("a", now_ns=NOW_NS - 1)
+    for i in range(PEER_COUNT_MAX + 10):
+        limits.is_news(f"peer{i}", now_ns=NOW_NS)
+    assert len(limits._flooded_ns) == PEER_COUNT_MAX
+
+
 def test_an_author_is_slowed_to_the_rate_of_its_class() -> None:
     """The burst at once, the rest when its tokens are there, to the nanosecond; a voter has more; others have their own."""
     rates = AuthorRates()

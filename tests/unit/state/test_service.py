@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from formation.core.clock import NS_PER_MS
-from formation.core.errors import ConflictError, DeniedError, NotFoundError, UnavailableError
+from formation.core.errors import ConflictError, DeniedError, FormationError, NotFoundError, UnavailableError
 from formation.core.event import (
     ClaimMade,
     CommitteeProposed,
@@ -29,8 +29,10 @@ from formation.core.spec import Desired, Resources, VmPhase
 from formation.p2p.loopback import LoopbackNetwork
 from formation.p2p.service import P2pService
 from formation.p2p.transport import TaskStatus
+from formation.state import gossip, sync
 from formation.state.effects import Tick, WakeAt
 from formation.state.feed import Change, Level
+from formation.state.gossip import TOPICS, topic_name
 from formation.state.journal import RecordKindOf
 from formation.state.service import StateService
 from formation.state.store import MemoryDisk, MemoryStore
@@ -55,6 +57,8 @@ class Cluster:
         self.network = LoopbackNetwork(7)
         self.disks = [MemoryDisk() for _ in self.keys]
         self.services: dict[int, StateService] = {}
+        self.honest = {key.node_id for key in self.keys}
+        """Who of them is correct; a test takes out whom it lets misbehave."""
         self._scopes: dict[int, trio.CancelScope] = {}
         self._ended: dict[int, trio.Event] = {}
         self._generation = 0
@@ -121,6 +125,9 @@ async def running(count: int = 4, observers: int = 0) -> AsyncIterator[tuple[Clu
     async with trio.open_nursery() as nursery:
         await cluster.start(nursery, *range(count + observers))
         yield cluster, nursery
+        # Whatever a test did to them: correct nodes have nothing against each other.
+        records = [score for service in cluster.services.values() for score in service._p2p.scores()]
+        assert all(score.node_id not in cluster.honest for score in records), records
         nursery.cancel_scope.cancel()
 
 
@@ -350,3 +357,42 @@ async def test_what_our_own_ack_certified_is_certified_after_a_restart(autojump_
         del disk.journal[last_ack + 1 :]
         await cluster.start(nursery, 0)
         await eventually(lambda: len(cluster.services[0].view.nodes(Level.CERTIFIED)) == 1)
+
+
+async def test_offences_are_told_to_the_network(autojump_clock: trio.testing.MockClock) -> None:
+    """What the replica calls a fault, requests that are none, and floods, once a second; a voter is never banned for it."""
+    async with running(4, observers=1) as (cluster, _):
+        service, other, observer = cluster.services[0], cluster.keys[1].node_id, cluster.services[4]
+        cluster.honest -= {other, observer._node_id}
+        p2p = service._p2p
+        for count in range(20):
+            service._take_frame(other, b"\xff not a frame")
+            assert p2p.score_of(other).offence_count == count + 1
+        assert p2p.score_of(other).last_offence == "rejected"
+        assert p2p.score_of(other).refusal is None
+        with pytest.raises(FormationError):
+            await observer._p2p.request(service._node_id, sync.PROTOCOL, b"\xff", response_size_max_bytes=1000)
+        assert p2p.score_of(observer._node_id).last_offence == "malformed"
+        before = p2p.score_of(other).offence_count
+        now_ns = service._clock.now_ns()
+        while service._limits.admits(other, size_bytes=1 << 20, now_ns=now_ns):
+            pass
+        for _ in range(100):
+            service._take_frame(other, bytes(1 << 20))
+        assert p2p.score_of(other).offence_count == before + 1
+        assert p2p.score_of(other).last_offence == "flood"
+
+
+async def test_rubbish_on_a_topic_is_its_authors(autojump_clock: trio.testing.MockClock) -> None:
+    """Whoever it is; but a well-formed message of somebody who does not vote here is no offence: he may elsewhere."""
+    async with running(4, observers=2) as (cluster, _):
+        one, two = cluster.services[4], cluster.services[5]
+        cluster.honest.discard(one._node_id)
+        topic = topic_name(cluster.manifest.network_id, TOPICS[0])
+        await trio.sleep(5)
+        await one._p2p.publish_event(topic, gossip.pack_frames((b"frame",)))
+        await trio.sleep(1)
+        assert two._p2p.scores() == ()
+        await one._p2p.publish_event(topic, b"\xff rubbish")
+        await trio.sleep(1)
+        assert [(s.node_id, s.last_offence) for s in two._p2p.scores()] == [(one._node_id, "rejected")]
