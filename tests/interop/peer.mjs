@@ -11,7 +11,7 @@ import { noise } from '@libp2p/noise'
 import { yamux } from '@libp2p/yamux'
 import { identify } from '@libp2p/identify'
 import { ping } from '@libp2p/ping'
-import { gossipsub } from '@libp2p/gossipsub'
+import { gossipsub, TopicValidatorResult } from '@libp2p/gossipsub'
 import { kadDHT, passthroughMapper } from '@libp2p/kad-dht'
 import { generateKeyPairFromSeed } from '@libp2p/crypto/keys'
 import { multiaddr } from '@multiformats/multiaddr'
@@ -143,16 +143,16 @@ const streams = {
 let networkId, voters
 const lane = {}
 const links = new Map()
-const seen = { blocks: [], acks: 0, refused: [], bad: 0 }
+const seen = { blocks: [], acks: 0, refused: [], bad: 0, ignored: [] }
 const certificates = new Map()
 
-function takeFrame (payload, from) {
+function takeFrame (payload, from, via) {
   if (payload.length === 0) return
   try {
     const kind = payload[0], raw = payload.subarray(1)
     if (kind === formation.BLOCK_FRAME) {
       const block = formation.verifyBlock(raw, networkId)
-      seen.blocks.push({ lane: hex(block.lane), seq: block.seq, kind: block.kind, verbs: block.ops.map(op => op[1]), hash: hex(block.hash), from })
+      seen.blocks.push({ lane: hex(block.lane), seq: block.seq, kind: block.kind, verbs: block.ops.map(op => op[1]), hash: hex(block.hash), from, via })
     } else if (kind === formation.ACK_FRAME) {
       const ack = formation.verifyAck(raw, networkId, voters)
       seen.acks++
@@ -172,14 +172,25 @@ function takeFrame (payload, from) {
 // Voters open one to us; we only read it.
 await node.handle(formation.LINK, async (stream, connection) => {
   const state = {}
-  try { for await (const data of stream) for (const payload of formation.cutFrames(state, data.subarray())) takeFrame(payload, 'link') } catch (error) { stream.abort(error) }
+  try { for await (const data of stream) for (const payload of formation.cutFrames(state, data.subarray())) takeFrame(payload, 'link', connection.remotePeer.toString()) } catch (error) { stream.abort(error) }
 }, MANY)
 
-node.services.pubsub.addEventListener('message', event => {
-  const { topic, data, from } = event.detail
-  // What the signature of libp2p says is who published; only the frames inside count.
-  for (const payload of cbor.decode(data)) takeFrame(payload, `gossip ${topic.split('/').pop()} ${from}`)
-})
+// What is passed on is what a voter published and what verifies: the others' messages are ignored, a voter's bad one is rejected.
+// The voters' peer ids hold their keys: 00 24 08 01 12 20, then 32 bytes.
+const isVoter = peer => voters.some(key => peer.toMultihash?.().bytes && Buffer.compare(peer.toMultihash().bytes.subarray(-32), key) === 0)
+
+function validate (via, message) {
+  if (!isVoter(message.from)) {
+    seen.ignored.push({ author: message.from.toString(), via: via.toString() })
+    return TopicValidatorResult.Ignore
+  }
+  const before = seen.bad
+  try {
+    const topic = message.topic.split('/').pop()
+    for (const payload of cbor.decode(message.data)) takeFrame(payload, `gossip ${topic}`, via.toString())
+  } catch (error) { seen.bad++; seen.refused.push(error.message) }
+  return seen.bad === before ? TopicValidatorResult.Accept : TopicValidatorResult.Reject
+}
 
 async function request (peer, protocol, payload) {
   const stream = await open(peer, protocol)
@@ -215,7 +226,14 @@ const network = {
   },
   // The network's id and its voters' keys, in the order of the manifest.
   async trust (said) { networkId = unhex(said.networkId); voters = said.voters.map(unhex); return {} },
-  async follow ({ topics }) { for (const topic of topics) node.services.pubsub.subscribe(`formation/${hex(networkId).slice(0, 16)}/${topic}`); return {} },
+  async follow ({ topics }) {
+    for (const topic of topics) {
+      const name = `formation/${hex(networkId).slice(0, 16)}/${topic}`
+      node.services.pubsub.topicValidators.set(name, validate)
+      node.services.pubsub.subscribe(name)
+    }
+    return {}
+  },
   async gossip () { return node.services.pubsub.getTopics().map(topic => ({ topic, subscribers: node.services.pubsub.getSubscribers(topic).map(String), mesh: node.services.pubsub.getMeshPeers(topic) })) },
   async seen () { return seen },
   async link ({ peer }) {
