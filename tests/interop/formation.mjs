@@ -193,3 +193,98 @@ export function * cutFrames (state, data) {
     state.rest = state.rest.subarray(4 + size)
   }
 }
+
+// ── evidence for people: what schemas/README.md says of "An op file" ──
+
+// Reads one head and byte string of a CBOR sequence of byte strings; each holds one value.
+function splitSequence (data) {
+  const parts = []
+  for (let start = 0; start < data.length;) {
+    const low = data[start] & 31
+    check(data[start] >> 5 === 2 && low < 28, 'file: not a sequence of byte strings')
+    const headSize = low < 24 ? 1 : 1 + 2 ** (low - 24)
+    let size = low
+    if (low >= 24) { size = 0; for (let i = 1; i < headSize; i++) size = size * 256 + data[start + i] }
+    const end = start + headSize + size
+    check(end <= data.length, 'file: cut off')
+    parts.push(decode(data.subarray(start, end)))
+    start = end
+  }
+  return parts
+}
+
+const quorumSize = voters => 2 * Math.floor((voters.length - 1) / 3) + 1
+
+// A final_chain of the committee of one epoch: its first proposal, which 2f+1 of these voters made final.
+function verifyFinalChain (raw, networkId, voters, epoch) {
+  const [below, certificate] = decode(raw)
+  const [last, signedVotes] = decode(certificate)
+  const chain = [...below, last].map(led => {
+    const [content] = decode(led)
+    const [of, view, height, parent, , cut, closes, checkpoint, handover] = decode(content)
+    check(of === epoch, 'final chain: another epoch')
+    return { view, height, parent, cut, closes, checkpoint, handover, hash: sha256(led) }
+  })
+  for (let i = 1; i < chain.length; i++) {
+    const [before, after] = [chain[i - 1], chain[i]]
+    check(equal(after.parent, before.hash) && after.height === before.height + 1 && after.view > before.view, 'final chain: not a chain')
+  }
+  const top = chain.at(-1), signers = new Set()
+  for (const rawVote of signedVotes) {
+    const signed = parseSigned(rawVote)
+    const [of, view, voter, hash] = decode(signed.payload)
+    check(of === epoch && view === top.view && equal(hash, top.hash), 'final chain: a vote for something else')
+    check(voters[voter] !== undefined && holds(voters[voter], 'finalize', networkId, signed, epoch), 'final chain: a vote that nobody signed')
+    signers.add(voter)
+  }
+  check(signers.size >= quorumSize(voters), 'final chain: no quorum')
+  return chain[0]
+}
+
+export function verifyOpFile (data, networkId) {
+  const [format, originRaw, linksRaw, bundleRaw, ...rest] = splitSequence(data)
+  check(rest.length === 0 && bundleRaw !== undefined, 'file: not four parts')
+  check(equal(format, encode(['formation-op', 1])), 'file: not an op file')
+  const [genesis, signatures] = decode(originRaw)
+  // There is one encoding of a value, so this is what stands there.
+  const genesisRaw = encode(genesis)
+  check(equal(sha256(genesisRaw), networkId), 'file: of another network')
+  const committees = [genesis[3].map(founder => founder[1])]
+  for (const key of committees[0]) {
+    const mine = signatures.find(([signer]) => equal(signer, key))
+    check(mine && verifyEd25519(key, signedBytes('manifest', networkId, null, genesisRaw), mine[1]), 'file: a founder did not sign')
+  }
+  for (const link of decode(linksRaw)) {
+    const epoch = committees.length - 1
+    const { handover } = verifyFinalChain(link, networkId, committees[epoch], epoch)
+    const [, , , [next, voters]] = decode(handover)
+    check(next === epoch + 1, 'link: another epoch')
+    committees.push(voters)
+  }
+  const [lane, seq, index, blocks, acks, finalRaw] = decode(bundleRaw)
+  const chain = blocks.map(raw => verifyBlock(raw, networkId))
+  chain.forEach((block, i) => {
+    check(equal(block.lane, lane) && block.seq === seq + i, 'blocks: another lane or number')
+    check(i === 0 || equal(block.prev, chain[i - 1].hash), 'blocks: not a chain')
+  })
+  const names = heads => heads.some(([of, at, hash]) => equal(of, lane) && chain[at - seq] && equal(chain[at - seq].hash, hash))
+  const signers = new Set(), epochs = new Set()
+  for (const raw of acks) {
+    const ack = verifyAck(raw, networkId, committees[decode(parseSigned(raw).payload)[0]] ?? [])
+    epochs.add(ack.epoch)
+    check(names(ack.heads), 'acks: of other blocks')
+    signers.add(ack.voter)
+  }
+  check(acks.length === 0 || (epochs.size === 1 && signers.size >= quorumSize(committees[[...epochs][0]])), 'acks: no quorum of one epoch')
+  let height = null
+  if (finalRaw.length) {
+    const [, certificate] = decode(finalRaw)
+    const [content] = decode(decode(certificate)[0])
+    const [epoch] = decode(content)
+    const first = verifyFinalChain(finalRaw, networkId, committees[epoch] ?? [], epoch)
+    const plan = first.handover === null ? [] : decode(first.handover)
+    check(names([...first.cut, ...first.closes, ...(plan[1] ?? []), ...(plan[2] ?? [])]), 'final: of other blocks')
+    height = first.height
+  }
+  return { verb: chain[0].ops[index][1], objectId: chain[0].ops[index][2], signers: signers.size, height }
+}

@@ -272,6 +272,17 @@ const network = {
     const [, blocks, acks] = await request(peer, formation.SYNC, cbor.encode(['pull', [[unhex(laneId), 1, last, 0, false]]]))
     return { blocks: blocks.map(raw => { const b = formation.verifyBlock(raw, networkId); return { seq: b.seq, prev: hex(b.prev), hash: hex(b.hash) } }), signers: new Set(acks.map(raw => formation.verifyAck(raw, networkId, voters).voter)).size }
   },
+  // An op file as it is, and with one bit of it turned in each of so many places.
+  async opFile ({ base64, flipCount }) {
+    const data = new Uint8Array(Buffer.from(base64, 'base64')), said = formation.verifyOpFile(data, networkId)
+    const believed = []
+    for (let i = 0; i < flipCount; i++) {
+      const at = Math.floor(i * data.length / flipCount), turned = data.slice()
+      turned[at] ^= 1 << (i % 8)
+      try { formation.verifyOpFile(turned, networkId); believed.push(at) } catch { /* as it should */ }
+    }
+    return { ...said, believed, size: data.length }
+  },
   // Rubbish of all kinds.
   async rubbishFrames ({ peer, what }) {
     const { stream } = links.get(peer)

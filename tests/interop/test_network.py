@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from formation.cli.local_network import LocalNetwork, LocalNode, local_network
-from formation.core.errors import NotFoundError
+from formation.core.errors import NotFoundError, UnavailableError
 from formation.core.keys import KeyPair, write_key_file
 from formation.core.manifest import read_draft
 from tests.interop.conftest import JsError, JsPeer
@@ -57,8 +58,16 @@ def start_observer(network: LocalNetwork) -> LocalNode:
 def network() -> Iterator[LocalNetwork]:
     """Four voters and an observer, none of which runs VMs."""
     with local_network(read_draft(ROOT / "peers" / "demo.toml"), node_settings=('hypervisor = "none"',)) as network:
-        start_observer(network)
+        observer = start_observer(network)
+        wait_for(partial(sees_all_voters, observer), what="the observer is connected to the voters")
         yield network
+
+
+def sees_all_voters(node: LocalNode) -> bool:
+    try:
+        return sum(peer["connected"] for peer in node.client.get("/v1/status")["peers"]) >= 4
+    except UnavailableError:
+        return False
 
 
 def trusting(js: JsPeer, network: LocalNetwork) -> JsPeer:
@@ -192,6 +201,13 @@ def test_its_own_blocks_are_certified_and_final(network: LocalNetwork, start_js:
 
     value = wait_for(lambda: value_at(network.nodes[2], query), what="the value is final")
     assert "from JavaScript" in json.dumps(value), value
+
+    # What proves it to people, checked there as schemas/README.md says; any bit of it is covered by some hash or signature.
+    file = b"".join(network.nodes[1].client.stream(f"/v1/ops/{block['lane']}-{block['seq']}-0/bundle"))
+    said = js("opFile", base64=base64.b64encode(file).decode(), flipCount=400)
+    assert (said["verb"], said["objectId"]) == ("node.advertised", js.node_id)
+    assert said["height"] >= 1
+    assert said["believed"] == [], said
 
     # Any voter serves its chain. What is final needs no acks any more: they are for what stands above the cut.
     pulled = js("pull", peer=linked[1], lane=block["lane"], last=wish["seq"])
