@@ -51,6 +51,8 @@ const pattern = (start, size) => {
   return data
 }
 
+const sha = data => hex(formation.sha256(data))
+
 async function send (stream, data) { if (!stream.send(data)) await stream.onDrain() }
 
 // Sends `size` bytes of the pattern, then FIN; the digest of what comes back.
@@ -124,8 +126,8 @@ const streams = {
     return { sizes: await Promise.all(Array.from({ length: count }, one)) }
   },
   async reset ({ peer }) {
-    const stream = await open(peer, '/interop/reset/1')
-    try { return { end: await drain(stream) } } catch (error) { return { error: error.name } }
+    // It may be reset before the negotiation has returned: then js calls that a bad state of the stream.
+    try { return { end: await drain(await open(peer, '/interop/reset/1')) } } catch (error) { return { error: error.name } }
   },
   async abort ({ peer, count }) {
     for (let i = 0; i < count; i++) {
@@ -135,6 +137,44 @@ const streams = {
     }
     return {}
   },
+  // Opens more than the other side serves: some are reset.
+  async tooMany ({ peer, count }) {
+    const one = async () => { try { return (await streams.echo({ peer, size: 1000, piece: 1000 })).size === 1000 } catch { return false } }
+    const held = await Promise.all(Array.from({ length: count }, one))
+    return { served: held.filter(Boolean).length }
+  },
+  // A life of many streams, some at a time: whole ones, ones broken off while sending or reading, ones that the other side resets.
+  async life ({ peer, randomSeed, count, width }) {
+    let state = randomSeed >>> 0
+    const random = limit => { state = (Math.imul(state, 1664525) + 1013904223) >>> 0; return Math.floor(state / 2 ** 32 * limit) }
+    const wrong = []
+    async function one () {
+      const kind = random(5), size = 1 + random(400000), piece = 1 + random(100000)
+      if (kind === 0) {
+        const got = await streams.echo({ peer, size, piece })
+        if (got.size !== size || got.digest !== sha(pattern(0, size))) wrong.push(`echo of ${size}: ${got.size}`)
+      } else if (kind === 1) {
+        const got = await streams.sink({ peer, size, piece })
+        if (got.size !== size || got.digest !== sha(pattern(0, size))) wrong.push(`sink of ${size}: ${got.size}`)
+      } else if (kind === 2) {
+        const stream = await open(peer, '/interop/source/1')
+        await send(stream, Buffer.from(String(size)))
+        await stream.close()
+        // Read a little, and let go.
+        for await (const _ of stream) break
+        stream.abort(new Error('read enough'))
+      } else if (kind === 3) {
+        const stream = await open(peer, '/interop/sink/1')
+        await send(stream, pattern(0, Math.min(size, 200000)))
+        stream.abort(new Error('sent enough'))
+      } else if ((await streams.reset({ peer })).error === undefined) wrong.push('a reset was not seen')
+    }
+    let left = count
+    const lane = async () => { while (left-- > 0) await one() }
+    await Promise.all(Array.from({ length: width }, lane))
+    return { wrong }
+  },
+  async open () { return node.getConnections().flatMap(c => c.streams.map(s => s.protocol)).sort() },
   async ended () { return ended }
 }
 
