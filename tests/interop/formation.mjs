@@ -6,6 +6,7 @@ import { decode, encode } from './cbor.mjs'
 
 export const LINK = '/formation/link/1'
 export const SYNC = '/formation/sync/1'
+export const INTENT = '/formation/intent/1'
 export const KAD = '/formation/kad/1'
 // Between nodes a frame has 4 bytes of length; none is longer than this.
 export const FRAME_SIZE_MAX = 320 * 1024

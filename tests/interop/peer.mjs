@@ -305,6 +305,14 @@ const network = {
     const intent = formation.makeIntent(account, networkId, 'value.put', objectId, new Map([['value', new Uint8Array(Buffer.from(value))]]))
     return { account: id, ...await network.publish({ kind: 'value', ops: [['C', 'value.put', objectId, null, null, intent]] }) }
   },
+  // The same, handed to a node that may write.
+  async wish ({ peer, accountSeed, key, value }) {
+    const account = new formation.Key(unhex(accountSeed))
+    const objectId = `${formation.accountId(account.public)}/${key}`
+    const intent = formation.makeIntent(account, networkId, 'value.put', objectId, new Map([['value', new Uint8Array(Buffer.from(value))]]))
+    const [object, , laneId, seq] = await request(peer, formation.INTENT, intent)
+    return { object, lane: laneId, seq }
+  },
   // How many different voters' acks of our block we have verified.
   async signers ({ seq }) { return { count: certificates.get(seq)?.size ?? 0 } },
   async syncHello ({ peer }) { const [kind, prints, epoch, view, height] = await request(peer, formation.SYNC, cbor.encode(['hello', new Uint8Array(32)])); return { kind, size: prints.length, epoch, view, height } },

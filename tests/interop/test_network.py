@@ -164,6 +164,13 @@ def test_a_stranger_finds_its_way_and_follows(network: LocalNetwork, start_js: C
     assert len(set(js("closest", key="00" * 32)["peers"]) & ours) >= 3
     wait_for(partial(is_dialled, js, others[1]), what=f"{others[1].name} dials the peer")
 
+    # Nobody let it in: what it would write is not listened to. A signed wish of an account is taken from anybody.
+    js("link", peer=first.key.node_id)
+    wait_for(lambda: not js("links")[first.key.node_id], what="a link of a key that was not admitted is closed")
+    wish = js("wish", peer=first.key.node_id, accountSeed=(b"w" * 32).hex(), key="hello", value="from a stranger")
+    assert wish["object"] == f"{KeyPair(b'w' * 32).account_id}/hello"
+    assert sure_op_at(first, wish)["object_id"] == wish["object"], "the answer comes when it is certified"
+
     js("follow", topics=TOPICS)
     wait_for(
         lambda: any(t["topic"].endswith("/committee") and len(t["subscribers"]) >= 1 for t in js("gossip")),
