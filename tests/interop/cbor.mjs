@@ -1,4 +1,4 @@
-// Deterministic CBOR as schemas/README.md ("Encoding") wants it: one encoding for each value, and a decoder that refuses all others.
+// Deterministic CBOR as schemas/README.md ("Encoding") wants it: one encoding for each value; the decoder refuses all others.
 // Values: null, boolean, integer (number where it is exact, else BigInt), Uint8Array, string, array, Map with text keys.
 
 const LEVEL_COUNT_MAX = 16
@@ -25,7 +25,9 @@ function put (value, parts, level) {
   if (level > LEVEL_COUNT_MAX) throw new RangeError(`more than ${LEVEL_COUNT_MAX} levels`)
   if (value === null) parts.push(Buffer.of(0xf6))
   else if (value === false || value === true) parts.push(Buffer.of(value ? 0xf5 : 0xf4))
-  else if (typeof value === 'bigint' || Number.isSafeInteger(value)) parts.push(value < 0 ? head(1, -1n - BigInt(value)) : head(0, value))
+  else if (typeof value === 'bigint' || Number.isSafeInteger(value)) {
+    parts.push(value < 0 ? head(1, -1n - BigInt(value)) : head(0, value))
+  }
   else if (typeof value === 'string') { const raw = Buffer.from(value); parts.push(head(3, raw.length), raw) }
   else if (value instanceof Uint8Array) parts.push(head(2, value.length), value)
   else if (Array.isArray(value)) { parts.push(head(4, value.length)); for (const item of value) put(item, parts, level + 1) }
@@ -85,7 +87,8 @@ function take (at, level) {
         const key = take(at, level + 1)
         if (typeof key !== 'string') throw new Error('CBOR: a key that is no text')
         const raw = at.data.subarray(start, at.start)
-        if (before !== null && (before.length - raw.length || compare(before, raw)) >= 0) throw new Error('CBOR: keys out of order')
+        const order = before === null ? -1 : before.length - raw.length || compare(before, raw)
+        if (order >= 0) throw new Error('CBOR: keys out of order')
         before = raw
         map.set(key, take(at, level + 1))
       }

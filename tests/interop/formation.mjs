@@ -22,7 +22,8 @@ export const unhex = digits => new Uint8Array(Buffer.from(digits, 'hex'))
 export const sha256 = bytes => new Uint8Array(crypto.createHash('sha256').update(bytes).digest())
 const equal = (a, b) => Buffer.compare(a, b) === 0
 const isBytes = (value, size) => value instanceof Uint8Array && value.length === size
-const isCount = (value, least) => (typeof value === 'bigint' || Number.isSafeInteger(value)) && value >= least && value < 1n << 63n
+const isCount = (value, least) =>
+  (typeof value === 'bigint' || Number.isSafeInteger(value)) && value >= least && value < 1n << 63n
 
 function check (holds, what) { if (!holds) throw new Error(what) }
 
@@ -38,8 +39,8 @@ function power (base, exponent) {
   for (base %= P; exponent > 0n; exponent >>= 1n, base = base * base % P) if (exponent & 1n) result = result * base % P
   return result
 }
-// y coordinates of the points of small order: of order 1, 2 and 4 they are 1, -1 and 0. One of order 8 doubles to one with y = 0,
-// that is x² = -y²; in -x² + y² = 1 + dx²y² this is dy⁴ + 2y² - 1 = 0, so y² = (-1 ± √(1 + d)) / d.
+// y coordinates of the points of small order: of order 1, 2 and 4 they are 1, -1 and 0. One of order 8 doubles to one with
+// y = 0, that is x² = -y²; in -x² + y² = 1 + dx²y² this is dy⁴ + 2y² - 1 = 0, so y² = (-1 ± √(1 + d)) / d.
 const D = P - 121665n * power(121666n, P - 2n) % P
 function root (square) {
   let r = power(square, (P + 3n) / 8n)
@@ -107,7 +108,8 @@ const holds = (publicKey, context, networkId, signed, epoch = null) =>
 // ── blocks and acks (state.cddl) ──
 
 function checkHead (head) {
-  check(Array.isArray(head) && head.length === 3 && isBytes(head[0], LANE_SIZE) && isCount(head[1], 1) && isBytes(head[2], HASH_SIZE), 'head')
+  check(Array.isArray(head) && head.length === 3, 'head: not an array of three')
+  check(isBytes(head[0], LANE_SIZE) && isCount(head[1], 1) && isBytes(head[2], HASH_SIZE), 'head: a field')
 }
 
 export function verifyBlock (raw, networkId) {
@@ -228,14 +230,16 @@ function verifyFinalChain (raw, networkId, voters, epoch) {
   })
   for (let i = 1; i < chain.length; i++) {
     const [before, after] = [chain[i - 1], chain[i]]
-    check(equal(after.parent, before.hash) && after.height === before.height + 1 && after.view > before.view, 'final chain: not a chain')
+    const follows = after.height === before.height + 1 && after.view > before.view
+    check(follows && equal(after.parent, before.hash), 'final chain: not a chain')
   }
   const top = chain.at(-1), signers = new Set()
   for (const rawVote of signedVotes) {
     const signed = parseSigned(rawVote)
     const [of, view, voter, hash] = decode(signed.payload)
     check(of === epoch && view === top.view && equal(hash, top.hash), 'final chain: a vote for something else')
-    check(voters[voter] !== undefined && holds(voters[voter], 'finalize', networkId, signed, epoch), 'final chain: a vote that nobody signed')
+    const isSigned = voters[voter] !== undefined && holds(voters[voter], 'finalize', networkId, signed, epoch)
+    check(isSigned, 'final chain: a vote that its voter did not sign')
     signers.add(voter)
   }
   check(signers.size >= quorumSize(voters), 'final chain: no quorum')
@@ -253,7 +257,8 @@ export function verifyOpFile (data, networkId) {
   const committees = [genesis[3].map(founder => founder[1])]
   for (const key of committees[0]) {
     const mine = signatures.find(([signer]) => equal(signer, key))
-    check(mine && verifyEd25519(key, signedBytes('manifest', networkId, null, genesisRaw), mine[1]), 'file: a founder did not sign')
+    const message = signedBytes('manifest', networkId, null, genesisRaw)
+    check(mine && verifyEd25519(key, message, mine[1]), 'file: a founder did not sign')
   }
   for (const link of decode(linksRaw)) {
     const epoch = committees.length - 1
@@ -276,7 +281,10 @@ export function verifyOpFile (data, networkId) {
     check(names(ack.heads), 'acks: of other blocks')
     signers.add(ack.voter)
   }
-  check(acks.length === 0 || (epochs.size === 1 && signers.size >= quorumSize(committees[[...epochs][0]])), 'acks: no quorum of one epoch')
+  if (acks.length) {
+    const [epoch, ...others] = epochs
+    check(others.length === 0 && signers.size >= quorumSize(committees[epoch]), 'acks: no quorum of one epoch')
+  }
   let height = null
   if (finalRaw.length) {
     const [, certificate] = decode(finalRaw)

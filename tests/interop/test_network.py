@@ -136,7 +136,6 @@ def test_schemas_alone_are_enough(start_js: Callable[[bytes], JsPeer]) -> None:
     said = js("golden", values=str(WIRE / "golden_state.json"), edge=str(WIRE / "ed25519_edge.json"))
     assert said["wrong"] == []
     assert said["count"] == len(json.loads((WIRE / "golden_state.json").read_text()))
-    assert said["blocks"] == 1
 
 
 @pytest.mark.timeout(150)
