@@ -54,6 +54,15 @@ const sink = pauseMs => async stream => {
 }
 await serve('/interop/sink/1', sink(0))
 await serve('/interop/slow/1', sink(2))
+// For half a second it gives no window; then all is read. (An iterator alone holds nobody back: js collects for it.)
+await serve('/interop/paused/1', async stream => {
+  stream.pause()
+  await sleep(500)
+  const all = drain(stream)
+  stream.resume()
+  await send(stream, Buffer.from(JSON.stringify(await all)))
+  await stream.close()
+})
 await serve('/interop/source/1', async stream => {
   const asked = []
   for await (const data of stream) asked.push(data.subarray())
@@ -92,6 +101,8 @@ export const commands = {
     // It may be reset before the negotiation has returned: then js calls that a bad state of the stream.
     try { return { end: await drain(await open(peer, '/interop/reset/1')) } } catch (error) { return { error: error.name } }
   },
+  // Of the multiplexer itself.
+  async muxerPing () { return { ms: await node.getConnections()[0].muxer.ping({ signal: AbortSignal.timeout(3000) }) } },
   async abort ({ peer, count }) {
     for (let i = 0; i < count; i++) {
       const stream = await open(peer, '/interop/sink/1')

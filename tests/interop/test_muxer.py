@@ -179,6 +179,22 @@ async def test_a_slow_reader_slows_its_writer_and_nobody_else(start_js: Callable
 
 
 @DIALLERS
+async def test_a_reader_that_gives_no_window_stops_us(start_js: Callable[[bytes], JsPeer], dialler: str) -> None:
+    """Not a byte beyond it is sent, for js ends the connection of who does; then the rest follows."""
+    data = pattern(4 * MIB)
+    async with connected(start_js, dialler) as pair:
+        stream = await pair.open("/interop/paused/1")
+        with trio.move_on_after(0.3) as scope:
+            await stream.send_all(data)
+        assert scope.cancelled_caught, "it was taken without a window"
+        await stream.aclose()
+        stream = await pair.open("/interop/paused/1")
+        await stream.send_all(data)
+        await stream.send_eof()
+        assert json.loads(await receive_all(stream)) == digest(data)
+
+
+@DIALLERS
 async def test_a_reader_that_pauses_bounds_what_waits_here(start_js: Callable[[bytes], JsPeer], dialler: str) -> None:
     """Nobody reads for a while: what has arrived is a window at most, and then all of it comes."""
     async with connected(start_js, dialler) as pair:
@@ -317,6 +333,7 @@ async def test_pings_are_answered_both_ways(start_js: Callable[[bytes], JsPeer])
         before = connection.muxed_conn.session.frame_count
         await trio.sleep(5.5)
         assert connection.muxed_conn.session.frame_count >= before + 2
+        assert (await pair.call("muxerPing"))["ms"] < 3_000
         assert (await pair.call("ping"))["ms"] < 5_000
 
 
