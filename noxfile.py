@@ -1,6 +1,6 @@
 """What can be checked and shown; each session runs in the environment that `bootstrap` made.
 
-nox -s lint types imports tests sim e2e     what `./bootstrap test` runs
+nox -s lint types imports tests sim interop e2e     what `./bootstrap test` runs
 nox -s demo -- --keep                       the main job, on this machine
 nox -s bench                                figures
 nox -s fuzz -- 600                          decoders and a replica under hostile bytes, so many seconds each
@@ -14,7 +14,7 @@ import shutil
 import nox
 
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "types", "imports", "tests", "sim", "e2e"]
+nox.options.sessions = ["lint", "types", "imports", "tests", "sim", "interop", "e2e"]
 nox.options.error_on_missing_interpreters = False
 # Two guests at once are what two cores emulate without missing their boot deadline.
 WORKERS = str(min(2, os.cpu_count() or 1))
@@ -53,6 +53,7 @@ def tests(session: nox.Session) -> None:
         WORKERS,
         "tests",
         "--ignore=tests/e2e",
+        "--ignore=tests/interop",
         "--ignore=tests/sim",
         "--ignore=tests/contracts",
         *session.posargs,
@@ -66,6 +67,12 @@ def sim(session: nox.Session) -> None:
         session.run("python", "-m", "tests.sim", "--workers", WORKERS, *session.posargs)
     else:
         session.run("pytest", "-q", "-n", WORKERS, "tests/sim", *session.posargs)
+
+
+@nox.session
+def interop(session: nox.Session) -> None:
+    """With a peer in JavaScript, where there is Node.js."""
+    session.run("pytest", "-q", "tests/interop", *session.posargs)
 
 
 @nox.session
