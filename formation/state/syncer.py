@@ -49,6 +49,14 @@ STUCK_ROUND_COUNT = 3
 STALLED_S = 2.0
 # A peer without a newer checkpoint is not asked again at once.
 SNAPSHOT_PAUSE_S = 1.0
+# Nor are others for long, if what stays missing is only late: it is twice as long each time, until something comes.
+SNAPSHOT_AGAIN_MAX_S = 16.0
+# Followers that are told when a round brought something: what gossip did not bring here has not come to them either.
+TOLD_COUNT = 2
+# A follower that looks at us and is not level with us may be ahead: then we look at it, at most this often.
+LOOK_BACK_INTERVAL_S = 1.0
+# Peers of whom we remember when we looked back: more than are ever connected.
+LOOKED_COUNT_MAX = 1024
 
 _logger = structlog.get_logger(__name__)
 
@@ -100,6 +108,9 @@ class Syncer:
         self._wanted = trio.Event()
         self._round_index = 0
         self._stuck_count = 0
+        self._snapshot_at_s = float("-inf")
+        self._snapshot_wait_s = SNAPSHOT_PAUSE_S
+        self._looked_back_s: dict[NodeId, float] = {}
         self._stalled: tuple[int, float] | None = None
         """(final height, trio's time) since when blocks that the next height covers are missing here."""
         self.is_level = False
@@ -137,15 +148,43 @@ class Syncer:
     async def _look(self, peer: NodeId, outcome: Outcome) -> None:
         self.is_level = outcome is Outcome.LEVEL
         self._stuck_count = self._stuck_count + 1 if outcome is Outcome.STUCK else 0
-        if self._has_stalled():
+        if outcome is Outcome.MOVED:
+            self._snapshot_wait_s = SNAPSHOT_PAUSE_S
+            self._tell(peer)
+        if self._has_stalled() and self._may_join():
             # Whatever else moves: peers may have begun their journals anew and have these blocks no more.
             await self._join(peer)
             return
         if outcome is Outcome.MOVED:
             self._wanted.set()
-        elif outcome is Outcome.SNAPSHOT or self._stuck_count >= STUCK_ROUND_COUNT:
+        elif outcome is Outcome.SNAPSHOT or (self._stuck_count >= STUCK_ROUND_COUNT and self._may_join()):
             self._stuck_count = 0
             await self._join(peer)
+
+    def _may_join(self) -> bool:
+        now = trio.current_time()
+        if now < self._snapshot_at_s:
+            return False
+        self._snapshot_at_s = now + self._snapshot_wait_s
+        self._snapshot_wait_s = min(2 * self._snapshot_wait_s, SNAPSHOT_AGAIN_MAX_S)
+        return True
+
+    def _tell(self, peer: NodeId) -> None:
+        """Look at a few other followers soon: they notice that they are not level with us, and look at us."""
+        if self._p2p.node_id in self._voters():
+            return
+        others = sorted(self._up() - {peer} - frozenset(self._voters()) - frozenset(self._first))
+        self._first.extend(self._rng.sample(others, min(TOLD_COUNT, len(others))))
+
+    def _look_back(self, peer: NodeId) -> None:
+        now = trio.current_time()
+        if self._p2p.node_id in self._voters() or now < self._looked_back_s.get(peer, float("-inf")) + LOOK_BACK_INTERVAL_S:
+            return
+        self._looked_back_s.pop(peer, None)
+        self._looked_back_s[peer] = now
+        if len(self._looked_back_s) > LOOKED_COUNT_MAX:
+            del self._looked_back_s[next(iter(self._looked_back_s))]
+        self.want_nowait(peer)
 
     def _has_stalled(self) -> bool:
         replica, now = self._owner.replica, trio.current_time()
@@ -159,14 +198,16 @@ class Syncer:
         return False
 
     def _pick(self) -> NodeId | None:
-        voters = self._voters()
-        connected = [peer.node_id for peer in self._p2p.peers() if peer.connected]
-        up = candidates(connected, voters=voters, followers=self._followers(), own=self._p2p.node_id)
+        up = self._up()
         while self._first:
             first = self._first.popleft()
             if first in up:
                 return first
-        return self._choice.pick(up, voters=voters, now_s=trio.current_time())
+        return self._choice.pick(up, voters=self._voters(), now_s=trio.current_time())
+
+    def _up(self) -> frozenset[NodeId]:
+        connected = [peer.node_id for peer in self._p2p.peers() if peer.connected]
+        return candidates(connected, voters=self._voters(), followers=self._followers(), own=self._p2p.node_id)
 
     async def _round(self, peer: NodeId) -> Outcome:
         self._round_index += 1
@@ -244,13 +285,15 @@ class Syncer:
             data = await self._p2p.request(peer, sync.PROTOCOL, encode(request), response_size_max_bytes=size_max_bytes)
         return sync.decode_answer(data, sync.ANSWER_OF[type(request)])
 
-    async def serve(self, _node_id: NodeId, data: bytes) -> bytes:
+    async def serve(self, node_id: NodeId, data: bytes) -> bytes:
         """Answer one request of a peer.
 
         Raises:
           DecodeError: it is none.
         """
         request = sync.decode_request(data)
+        if isinstance(request, sync.Hello) and request.root != self._owner.replica.lanes.index.root():
+            self._look_back(node_id)
         if not isinstance(request, sync.Pull | sync.PiecePull):
             return encode(answer_from_memory(self._owner.replica, request))
         # What the replica knows is read here, in its own thread; only the store is asked from another.
