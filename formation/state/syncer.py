@@ -53,7 +53,8 @@ SNAPSHOT_PAUSE_S = 1.0
 SNAPSHOT_AGAIN_MAX_S = 16.0
 # Followers that are told when a round brought something: what gossip did not bring here has not come to them either.
 TOLD_COUNT = 2
-# A follower that looks at us and is not level with us may be ahead: then we look at it, at most this often.
+# A follower that looks at us and is not level with us may be ahead: then we look at it, at most this often; not at all if we
+# reach a voter, for whoever comes to such a node is mostly behind it.
 LOOK_BACK_INTERVAL_S = 1.0
 # Peers of whom we remember when we looked back: more than are ever connected.
 LOOKED_COUNT_MAX = 1024
@@ -178,7 +179,10 @@ class Syncer:
 
     def _look_back(self, peer: NodeId) -> None:
         now = trio.current_time()
-        if self._p2p.node_id in self._voters() or now < self._looked_back_s.get(peer, float("-inf")) + LOOK_BACK_INTERVAL_S:
+        voters = frozenset(self._voters())
+        if self._p2p.node_id in voters or voters & self._up():
+            return
+        if now < self._looked_back_s.get(peer, float("-inf")) + LOOK_BACK_INTERVAL_S:
             return
         self._looked_back_s.pop(peer, None)
         self._looked_back_s[peer] = now
