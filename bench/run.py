@@ -15,6 +15,7 @@ SCENARIOS = {
     "load": "bench.macro.state_load",
     "failover": "bench.macro.state_failover",
     "spam": "bench.macro.state_spam",
+    "churn": "bench.macro.churn",
     "idle": "bench.macro.idle",
     "create": "bench.macro.create",
 }
