@@ -11,9 +11,11 @@ SCENARIOS = {
     "store": "bench.micro.store",
     "join": "bench.micro.state_join",
     "cells": "bench.micro.cells",
+    "sparse": "bench.micro.sparse",
     "load": "bench.macro.state_load",
     "failover": "bench.macro.state_failover",
     "spam": "bench.macro.state_spam",
+    "churn": "bench.macro.churn",
     "idle": "bench.macro.idle",
     "create": "bench.macro.create",
 }

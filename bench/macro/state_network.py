@@ -390,14 +390,14 @@ class FormationNetwork:
 class BulkClient:
     """As much of a client of the bulk door as getting ready takes; blocking."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         """Connect.
 
         Raises:
           CannotMeasureError: nobody listens there.
         """
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(ANSWER_TIMEOUT_S)
+        self._socket.settimeout(timeout_s)
         try:
             self._socket.connect(str(path))
         except OSError as exc:
@@ -432,6 +432,18 @@ class BulkClient:
         """
         self._socket.sendall(encode_frame(encode([1, "read", what, level, key])))
         return _result(self._next())
+
+    def read_all(self, what: str, level: int, keys: Sequence[str]) -> list[Any]:
+        """The values at a level, in the order of the keys; asked for all at once.
+
+        Raises:
+          FormationError: one cannot be read.
+        """
+        self._socket.sendall(
+            b"".join(encode_frame(encode([number, "read", what, level, key])) for number, key in enumerate(keys, start=1))
+        )
+        answers = {answer[0]: answer for answer in (self._next() for _ in keys)}
+        return [_result(answers[number]) for number in range(1, len(keys) + 1)]
 
     def _next(self) -> list[Any]:
         while not self._answers:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import trio
 
 from formation import __version__
 from formation.core.clock import NS_PER_S, Clock
@@ -58,6 +59,7 @@ class Reads:
                 "version": __version__,
                 "uptime_s": round((self.clock.now_ns() - self.started_ns) / NS_PER_S, 1),
                 "data_dir": str(self.settings.data_dir),
+                "task_count": trio.lowlevel.current_statistics().tasks_living,
             },
             "network": {
                 "id": self.manifest.network_id.hex(),

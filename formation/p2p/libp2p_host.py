@@ -88,6 +88,7 @@ class Libp2pTransport:
         self._up: set[NodeId] = set()
         self._host: Any = None
         self._gossip: Any = None
+        self._subscribing = trio.Lock()
         self._kad: Kad | None = None
         self._nursery: trio.Nursery | None = None
         self._stream_failed_count = 0
@@ -338,13 +339,31 @@ class Libp2pTransport:
             self._nursery.start_soon(self._subscribe_soon, topic)
 
     async def _subscribe_soon(self, topic: str) -> None:
+        """Tell the library whether we take part, as it stands by then."""
         try:
-            if self._gossip is not None:
-                await self._gossip.subscribe(topic)
+            async with self._subscribing:
+                if self._gossip is None:
+                    return
+                if topic in self._topics:
+                    await self._gossip.subscribe(topic)
+                else:
+                    await self._gossip.unsubscribe(topic)
         except Exception as exc:
             _logger.error("subscribe failed", topic=topic, exc_info=exc)
 
+    def unsubscribe(self, topic: str) -> None:
+        """See Transport."""
+        if self._topics.pop(topic, None) is not None and self._gossip is not None and self._nursery is not None:
+            self._nursery.start_soon(self._subscribe_soon, topic)
+
+    def subscribers(self, topic: str) -> frozenset[NodeId]:
+        """See Transport."""
+        told = () if self._gossip is None else self._gossip.peer_topics.get(topic, ())
+        return frozenset(NodeId(peer_id.to_base58()) for peer_id in told) & self.connected()
+
     def _take_message(self, topic: str, author: NodeId, data: bytes) -> Verdict:
+        if topic not in self._topics:
+            return Verdict.IGNORE
         validate, deliver = self._topics[topic]
         verdict = validate(author, data)
         if verdict is Verdict.ACCEPT:

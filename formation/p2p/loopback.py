@@ -1,8 +1,8 @@
 """The transport's in-memory twin: many nodes in one process, for tests and simulations.
 
-A LoopbackNetwork has a seed, from which delays and losses come, and levers: `partition`, `heal`, `kill`. Streams are
-reliable and in order, as TCP is; gossip floods along connections and may be lost at each hop. Addresses are
-`/memory/<node id>`. With trio's MockClock a run takes no time.
+A LoopbackNetwork has a seed, from which delays and losses come, and levers: `partition`, `heal`, `kill`, `allow_only`. Streams
+are reliable and in order, as TCP is, and what is lost of them comes late; gossip floods along connections and may be lost at
+each hop. Addresses are `/memory/<node id>`. With trio's MockClock a run takes no time.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ from formation.p2p.transport import (
 WINDOW_SIZE_BYTES = 256 * 1024
 # Messages remembered so that each is taken once; far more than are under way at a time.
 SEEN_COUNT_MAX = 100_000
+# What TCP waits at least before it sends again (Linux's TCP_RTO_MIN); each further loss of the same chunk doubles it.
+RESEND_AFTER_S = 0.2
+# By then a real connection has long been given up.
+RESEND_COUNT_MAX = 6
 
 _logger = structlog.get_logger(__name__)
 _Pair = frozenset[NodeId]
@@ -48,15 +52,29 @@ class LoopbackNetwork:
       seed: everything random follows from it.
       delay_s: least and most seconds that a chunk or a message is under way.
       gossip_loss: share of messages lost per hop, 0 to 1.
+      stream_loss: share of stream chunks that are lost and sent again, 0 to 1.
     """
 
-    def __init__(self, seed: int = 0, *, delay_s: tuple[float, float] = (0.001, 0.005), gossip_loss: float = 0.0) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        delay_s: tuple[float, float] = (0.001, 0.005),
+        gossip_loss: float = 0.0,
+        stream_loss: float = 0.0,
+    ) -> None:
         self.rng = random.Random(seed)
         self.delay_range_s = delay_s
         self.gossip_loss = gossip_loss
+        self.stream_loss = stream_loss
+        self.gossip_sent_count = 0
+        """Messages put on the wire, once per hop, lost ones too."""
+        self.chunk_sent_count = 0
+        """Chunks of streams, each time that they were sent."""
         self._nodes: dict[NodeId, LoopbackTransport] = {}
         self._connections: dict[_Pair, _Connection] = {}
         self._group_of: dict[NodeId, int] | None = None
+        self._edges: frozenset[_Pair] | None = None
 
     def transport(self, node_id: NodeId) -> LoopbackTransport:
         """A transport for one life of a node; a later one of the same id is the node restarted."""
@@ -75,6 +93,13 @@ class LoopbackNetwork:
         """Everybody reaches everybody again; connections come back as they are dialled."""
         self._group_of = None
 
+    def allow_only(self, edges: Iterable[tuple[NodeId, NodeId]]) -> None:
+        """From now on only these pairs may connect, in either direction: the graph of who can dial whom."""
+        self._edges = frozenset(frozenset(edge) for edge in edges)
+        for pair in list(self._connections):
+            if not self._can_reach(*pair):
+                self.disconnect(pair)
+
     def kill(self, node_id: NodeId) -> None:
         """Cut a node off as if its process had died; its own tasks are the test's to cancel."""
         self._nodes.pop(node_id, None)
@@ -86,6 +111,19 @@ class LoopbackNetwork:
     def delay_s(self) -> float:
         """Seconds that the next chunk or message is under way."""
         return self.rng.uniform(*self.delay_range_s)
+
+    def chunk_delay_s(self) -> float:
+        """Seconds that the next chunk of a stream is under way; one that is lost is sent again, later each time."""
+        self.chunk_sent_count += 1
+        delay_s = self.delay_s()
+        wait_s = max(RESEND_AFTER_S, 2 * self.delay_range_s[1])
+        for _ in range(RESEND_COUNT_MAX):
+            if not self.stream_loss or self.rng.random() >= self.stream_loss:
+                break
+            self.chunk_sent_count += 1
+            delay_s += wait_s
+            wait_s *= 2
+        return delay_s
 
     def attach(self, transport: LoopbackTransport) -> None:
         """A node starts."""
@@ -134,6 +172,8 @@ class LoopbackNetwork:
         return self._connections.get(frozenset((node_id, other_id)))
 
     def _can_reach(self, node_id: NodeId, other_id: NodeId) -> bool:
+        if self._edges is not None and frozenset((node_id, other_id)) not in self._edges:
+            return False
         if self._group_of is None:
             return True
         return self._group_of.get(node_id, -1) == self._group_of.get(other_id, -1)
@@ -279,10 +319,25 @@ class LoopbackTransport:
         assert topic not in self._topics
         self._topics[topic] = (validate, deliver)
 
+    def unsubscribe(self, topic: str) -> None:
+        """See Transport."""
+        self._topics.pop(topic, None)
+
+    def takes_part(self, topic: str) -> bool:
+        """Whether we subscribed (asked by peers' transports)."""
+        return topic in self._topics
+
+    def subscribers(self, topic: str) -> frozenset[NodeId]:
+        """See Transport."""
+        others = ((node_id, self._network.node(node_id)) for node_id in self.connected())
+        return frozenset(node_id for node_id, other in others if other is not None and other.takes_part(topic))
+
     def _forward(self, message: _Message) -> None:
-        for node_id in sorted(self._network.peers_of(self._node_id)):
+        for node_id in sorted(self.subscribers(message.topic)):
             other = self._network.node(node_id)
-            if other is not None and self._network.rng.random() >= self._network.gossip_loss:
+            assert other is not None
+            self._network.gossip_sent_count += 1
+            if self._network.rng.random() >= self._network.gossip_loss:
                 other.take_message_soon(message, self._network.delay_s())
 
     def take_message_soon(self, message: _Message, delay_s: float) -> None:
@@ -293,6 +348,8 @@ class LoopbackTransport:
     async def _take_message(self, message: _Message, delay_s: float) -> None:
         await trio.sleep(delay_s)
         if message.key in self._seen:
+            return
+        if message.topic not in self._topics:
             return
         self._mark_seen(message)
         validate, deliver = self._topics[message.topic]
@@ -402,7 +459,7 @@ class _Pipe:
         self._notify()
 
     def _put(self, chunk: bytes) -> None:
-        self._arrives_at = max(self._arrives_at, trio.current_time() + self._network.delay_s())
+        self._arrives_at = max(self._arrives_at, trio.current_time() + self._network.chunk_delay_s())
         self._chunks.append((self._arrives_at, chunk))
         self._size_bytes += len(chunk)
         self._notify()

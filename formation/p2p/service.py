@@ -264,6 +264,14 @@ class P2pService:
         """Take part in a topic; before or after `run`. Messages are validated before they are passed on."""
         self._subscriber.subscribe_topic(topic, validate, deliver)
 
+    def unsubscribe_topic(self, topic: str) -> None:
+        """Take no part in a topic any more."""
+        self._subscriber.unsubscribe_topic(topic)
+
+    def subscribers(self, topic: str) -> frozenset[NodeId]:
+        """Connected peers that take part in a topic."""
+        return self._transport.subscribers(topic)
+
     # --- peers -------------------------------------------------------------------------------------------------------
 
     def on_peer(self, callback: ConnectionCallback) -> None:

@@ -56,6 +56,10 @@ class Subscriber:
 
         self._transport.subscribe(topic, judge, receive)
 
+    def unsubscribe_topic(self, topic: str) -> None:
+        """Take no part in a topic any more."""
+        self._transport.unsubscribe(topic)
+
     def _judge(self, topic: str, validate: Validate, author: NodeId, data: bytes) -> Verdict:
         try:
             return validate(author, data)

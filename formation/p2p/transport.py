@@ -157,7 +157,15 @@ class Transport(Protocol):
         ...
 
     def subscribe(self, topic: str, validate: Validate, deliver: Deliver) -> None:
-        """Take part in a topic; before or after `run`. One subscription per topic."""
+        """Take part in a topic; before or after `run`. One subscription per topic. Who takes part passes messages on."""
+        ...
+
+    def unsubscribe(self, topic: str) -> None:
+        """Take no part in a topic any more; nothing of it is delivered from now on."""
+        ...
+
+    def subscribers(self, topic: str) -> frozenset[NodeId]:
+        """Connected peers that say that they take part in a topic."""
         ...
 
     async def find_addresses(self, node_id: NodeId) -> tuple[str, ...]:

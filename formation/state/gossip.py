@@ -1,8 +1,16 @@
-"""What observers follow: our own blocks, acks and evidence, coalesced per topic at a bounded rate. Pure.
+"""What followers hear: voters' own blocks, acks and evidence, coalesced per topic at a bounded rate. Pure.
 
 Gossip is a convenience. It may be lost, late or switched off, and everything still converges by sync. Who hears by it and
 who is sent frames directly, what is taken from whom, and when there is anything to publish is decided here; the service
 and the simulator (tests/sim) carry it out alike.
+
+Who hears whom. Only voters publish, followers pass on what voters published, and a voter publishes a topic only while a
+peer of it takes part in it: a network of voters alone sends no gossip. A follower that is connected to a quorum of voters
+hears certificates complete. Others may sit behind one voter only, whose own words certify nothing: such a follower takes
+part in one more topic, in which nothing is ever sent (TOPIC_RELAY). A voter with such a neighbour takes part in all topics
+itself and passes on what the other voters publish, which they do because it takes part. Voters hear one another by their
+links, so this costs them only where it is needed. Hence: voters have to reach each other directly; a follower needs any
+one path to a voter.
 """
 
 from __future__ import annotations
@@ -14,6 +22,7 @@ from formation.core.codec import decode, encode
 from formation.core.errors import DecodeError
 from formation.core.event import Topic
 from formation.core.ids import NetworkId, NodeId, node_id_of
+from formation.state.committee import Committee
 from formation.state.fold import State
 
 # One message; p2p's own limit is 512 KiB.
@@ -28,6 +37,10 @@ INTERVAL_S = 0.05
 TOPIC_ACK = "ack"
 TOPIC_SPINE = "spine"
 TOPIC_EVIDENCE = "evidence"
+# Followers that do not reach a quorum of voters themselves take part in it; nothing is sent there.
+TOPIC_RELAY = "relay"
+# How often those who pass gossip on are looked for: followers have sync until then.
+RELAY_INTERVAL_S = 1.0
 TOPICS = (*(topic.value for topic in Topic), TOPIC_ACK, TOPIC_SPINE, TOPIC_EVIDENCE)
 
 
@@ -65,9 +78,15 @@ def linked_nodes(state: State, public_key: bytes) -> frozenset[NodeId]:
     return frozenset(linked - {own})
 
 
-def has_followers(connected: Iterable[NodeId], *, voters: Iterable[NodeId]) -> bool:
-    """Whether anybody is there for whom publishing is worth it: a network of voters alone sends no gossip."""
-    return not frozenset(connected) <= frozenset(voters)
+def needs_relay(connected: Iterable[NodeId], *, committee: Committee, own: NodeId) -> bool:
+    """Whether this node asks its neighbours that vote to pass on what the others publish."""
+    voters = frozenset(committee.node_ids)
+    return own not in voters and len(voters & frozenset(connected)) < committee.quorum_size
+
+
+def takes_part(*, own: NodeId, voters: Iterable[NodeId], has_relay_seekers: bool) -> bool:
+    """Whether this node takes part in the topics: followers always, voters while a neighbour needs them to pass things on."""
+    return has_relay_seekers or own not in voters
 
 
 def take_message(author: NodeId, data: bytes, *, voters: Iterable[NodeId]) -> tuple[bytes, ...] | None:

@@ -134,7 +134,8 @@ class StateService:
             p2p=p2p,
             founders=Committee(0, tuple(seat.public_key for seat in seats)),
             network_id=manifest.network_id,
-            peers=lambda: frozenset(self.replica.state.committee.committee.node_ids) - {self._node_id},
+            voters=lambda: self._voters,
+            followers=lambda: p2p.subscribers(self._topic(gossip.TOPIC_ACK)),
             rng=rng,
         )
         self._fed = trio.Event()
@@ -154,9 +155,9 @@ class StateService:
         p2p.on_frame(self._on_frame)
         p2p.on_link(self._on_link)
         p2p.serve_requests(sync.PROTOCOL, self._serve_sync, request_size_max_bytes=sync.REQUEST_SIZE_MAX_BYTES)
-        if self.replica.voter is None:
-            for topic in TOPICS:
-                p2p.subscribe_topic(topic_name(manifest.network_id, topic), self._validate_gossip, self._deliver_gossip)
+        p2p.on_peer(self._on_peer)
+        self._takes_part = self._seeks_relay = False
+        self._look_for_relays()
         self._follow_committee()
 
     def _make_replica(self) -> Replica:
@@ -187,6 +188,7 @@ class StateService:
                 nursery.start_soon(self._tick_loop)
                 nursery.start_soon(self._syncer.run)
                 nursery.start_soon(self._gossip_loop)
+                nursery.start_soon(self._relay_loop)
                 self._commit_wanted.set()
                 self._handle(Tick())
                 self._syncer.want_nowait()
@@ -740,6 +742,11 @@ class StateService:
         if is_up:
             self._syncer.want_nowait(node_id)
 
+    def _on_peer(self, node_id: NodeId, is_up: bool) -> None:
+        # Voters wait for the link.
+        if is_up and self.replica.voter is None:
+            self._syncer.want_nowait(node_id)
+
     async def _serve_sync(self, node_id: NodeId, data: bytes) -> bytes:
         if not self._is_ready:
             raise UnavailableError("the node is not ready yet", hint="try again in a moment")
@@ -750,20 +757,48 @@ class StateService:
             raise
 
     async def _gossip_loop(self) -> None:
-        """Publish what observers follow, if there are any; drop it otherwise."""
+        """Publish what followers hear, if there are any; drop it otherwise."""
         while True:
             await self._gossip_wanted.wait()
             self._gossip_wanted = trio.Event()
             await trio.sleep(gossip.INTERVAL_S)
-            messages = self._outbox.take_messages()
-            connected = [peer.node_id for peer in self._p2p.peers() if peer.connected]
-            if not messages or not gossip.has_followers(connected, voters=self._voters):
-                continue
-            for topic, message in messages:
+            for topic, message in self._outbox.take_messages():
+                name = self._topic(topic)
+                if self._node_id not in self._voters or not self._p2p.subscribers(name):
+                    continue
                 try:
-                    await self._p2p.publish_event(topic_name(self._manifest.network_id, topic), message)
+                    await self._p2p.publish_event(name, message)
                 except FormationError as exc:
                     _logger.debug("state.gossip_failed", topic=topic, error=str(exc))
+
+    async def _relay_loop(self) -> None:
+        while True:
+            self._look_for_relays()
+            await trio.sleep(gossip.RELAY_INTERVAL_S)
+
+    def _look_for_relays(self) -> None:
+        """Ask for relays if need be, and take part in the topics or not (see `gossip`)."""
+        connected = [peer.node_id for peer in self._p2p.peers() if peer.connected]
+        committee = self.replica.state.committee.committee
+        seeks = gossip.needs_relay(connected, committee=committee, own=self._node_id)
+        if seeks != self._seeks_relay:
+            self._seeks_relay = seeks
+            if seeks:
+                self._p2p.subscribe_topic(self._topic(gossip.TOPIC_RELAY), _refuse, _drop)
+            else:
+                self._p2p.unsubscribe_topic(self._topic(gossip.TOPIC_RELAY))
+        has_seekers = bool(self._p2p.subscribers(self._topic(gossip.TOPIC_RELAY)))
+        takes_part = gossip.takes_part(own=self._node_id, voters=self._voters, has_relay_seekers=has_seekers)
+        if takes_part != self._takes_part:
+            self._takes_part = takes_part
+            for topic in TOPICS:
+                if takes_part:
+                    self._p2p.subscribe_topic(self._topic(topic), self._validate_gossip, self._deliver_gossip)
+                else:
+                    self._p2p.unsubscribe_topic(self._topic(topic))
+
+    def _topic(self, topic: str) -> str:
+        return topic_name(self._manifest.network_id, topic)
 
     def _validate_gossip(self, author: NodeId, data: bytes) -> Verdict:
         try:
@@ -773,12 +808,24 @@ class StateService:
         return Verdict.IGNORE if frames is None else Verdict.ACCEPT
 
     def _deliver_gossip(self, author: NodeId, data: bytes) -> None:
+        if self.replica.voter is not None:
+            # It came by a link, too: we only pass it on.
+            return
         for frame in gossip.take_message(author, data, voters=self._voters) or ():
             self._take_frame(author, frame)
 
     @property
     def _voters(self) -> tuple[NodeId, ...]:
         return self.replica.state.committee.committee.node_ids
+
+
+def _refuse(_author: NodeId, _data: bytes) -> Verdict:
+    """Of a topic in which nothing is sent."""
+    return Verdict.REJECT
+
+
+def _drop(_author: NodeId, _data: bytes) -> None:
+    """Never called."""
 
 
 def _lane_of(token: Token) -> LaneId:

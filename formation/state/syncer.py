@@ -1,15 +1,15 @@
 """Shell of the sync protocol: serves what we have, and keeps us level with the others.
 
-A round is a few small requests to one peer. It runs when a link comes up, when the replica misses something, and
-otherwise about once a second with one voter in turn; in sync it costs one request of 40 bytes. When only a snapshot
-helps, it is fetched from one peer after the other and handed to the owner, who begins anew with it.
+A round is a few small requests to one peer. It runs when a link or a peer comes up, when the replica misses something, and
+otherwise about once a second with one peer in turn (`sync_peers` says whom); in sync it costs one request of 40 bytes.
+When only a snapshot helps, it is fetched from one peer after the other and handed to the owner, who begins anew with it.
 """
 
 from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import structlog
@@ -27,15 +27,21 @@ from formation.state.effects import RangeReceived, SpineReceived
 from formation.state.joining import Snapshot, join, verify_offer
 from formation.state.replica import Replica
 from formation.state.store import Store
+from formation.state.sync_peers import SyncPeers, candidates
 
-# Anti-entropy with one voter in turn: bounds how long a lost frame stays unnoticed.
+# Anti-entropy with one peer in turn: bounds how long a lost frame stays unnoticed.
 INTERVAL_S = 1.0
 # What is missing usually is on its way; asking at once would fetch most blocks twice under load.
 PAUSE_S = 0.05
 REQUEST_TIMEOUT_S = 20.0
+# A peer that answers each request just in time could make one round last for ever; what has come by then is kept.
+ROUND_TIMEOUT_S = 60.0
+# The same for a snapshot, which may be large: so long, and so much more for each request. A slow line takes 1 MiB in that.
+JOIN_TIMEOUT_S = 40.0
+JOIN_STEP_S = 4.0
 # Rounds between looks at lanes of which no ack is expected any more (closed or frozen ones).
 CLOSED_ROUND_COUNT = 16
-# Links that came up and wait for their round: more than a committee has.
+# Peers that came up and wait for their round: more than a committee has.
 WAITING_COUNT_MAX = 64
 # Rounds in a row in which something stayed missing that no peer had, before a snapshot is asked for.
 STUCK_ROUND_COUNT = 3
@@ -43,6 +49,15 @@ STUCK_ROUND_COUNT = 3
 STALLED_S = 2.0
 # A peer without a newer checkpoint is not asked again at once.
 SNAPSHOT_PAUSE_S = 1.0
+# Nor are others for long, if what stays missing is only late: it is twice as long each time, until something comes.
+SNAPSHOT_AGAIN_MAX_S = 16.0
+# Followers that are told when a round brought something: what gossip did not bring here has not come to them either.
+TOLD_COUNT = 2
+# A follower that looks at us and is not level with us may be ahead: then we look at it, at most this often; not at all if we
+# reach a voter, for whoever comes to such a node is mostly behind it.
+LOOK_BACK_INTERVAL_S = 1.0
+# Peers of whom we remember when we looked back: more than are ever connected.
+LOOKED_COUNT_MAX = 1024
 
 _logger = structlog.get_logger(__name__)
 
@@ -76,7 +91,8 @@ class Syncer:
         p2p: P2pService,
         founders: Committee,
         network_id: NetworkId,
-        peers: Callable[[], frozenset[NodeId]],
+        voters: Callable[[], Collection[NodeId]],
+        followers: Callable[[], Collection[NodeId]],
         rng: random.Random,
     ) -> None:
         self._owner = owner
@@ -85,12 +101,17 @@ class Syncer:
         self._p2p = p2p
         self._founders = founders
         self._network_id = network_id
-        self._peers = peers
+        self._voters = voters
+        self._followers = followers
         self._rng = rng
+        self._choice = SyncPeers(rng)
         self._first: deque[NodeId] = deque(maxlen=WAITING_COUNT_MAX)
         self._wanted = trio.Event()
         self._round_index = 0
         self._stuck_count = 0
+        self._snapshot_at_s = float("-inf")
+        self._snapshot_wait_s = SNAPSHOT_PAUSE_S
+        self._looked_back_s: dict[NodeId, float] = {}
         self._stalled: tuple[int, float] | None = None
         """(final height, trio's time) since when blocks that the next height covers are missing here."""
         self.is_level = False
@@ -98,7 +119,7 @@ class Syncer:
 
     def want_nowait(self, node_id: NodeId | None = None) -> None:
         """Begin a round soon; with this peer, if one is named."""
-        if node_id is not None and node_id in self._peers() and node_id not in self._first:
+        if node_id is not None and node_id not in self._first:
             self._first.append(node_id)
         self._wanted.set()
 
@@ -113,24 +134,61 @@ class Syncer:
             if peer is None:
                 continue
             try:
-                await self._look(peer, await self._round(peer))
+                with trio.fail_after(ROUND_TIMEOUT_S):
+                    outcome = await self._round(peer)
+                await self._look(peer, outcome)
             except FormationError as exc:
                 _logger.debug("state.sync_failed", peer=peer, error=str(exc))
+                self._choice.note_failed(peer, now_s=trio.current_time())
             except trio.TooSlowError:
                 _logger.debug("state.sync_slow", peer=peer)
+                self._choice.note_failed(peer, now_s=trio.current_time())
+            else:
+                self._choice.note_answered(peer)
 
     async def _look(self, peer: NodeId, outcome: Outcome) -> None:
         self.is_level = outcome is Outcome.LEVEL
         self._stuck_count = self._stuck_count + 1 if outcome is Outcome.STUCK else 0
-        if self._has_stalled():
+        if outcome is Outcome.MOVED:
+            self._snapshot_wait_s = SNAPSHOT_PAUSE_S
+            self._tell(peer)
+        if self._has_stalled() and self._may_join():
             # Whatever else moves: peers may have begun their journals anew and have these blocks no more.
             await self._join(peer)
             return
         if outcome is Outcome.MOVED:
             self._wanted.set()
-        elif outcome is Outcome.SNAPSHOT or self._stuck_count >= STUCK_ROUND_COUNT:
+        elif outcome is Outcome.SNAPSHOT or (self._stuck_count >= STUCK_ROUND_COUNT and self._may_join()):
             self._stuck_count = 0
             await self._join(peer)
+
+    def _may_join(self) -> bool:
+        now = trio.current_time()
+        if now < self._snapshot_at_s:
+            return False
+        self._snapshot_at_s = now + self._snapshot_wait_s
+        self._snapshot_wait_s = min(2 * self._snapshot_wait_s, SNAPSHOT_AGAIN_MAX_S)
+        return True
+
+    def _tell(self, peer: NodeId) -> None:
+        """Look at a few other followers soon: they notice that they are not level with us, and look at us."""
+        if self._p2p.node_id in self._voters():
+            return
+        others = sorted(self._up() - {peer} - frozenset(self._voters()) - frozenset(self._first))
+        self._first.extend(self._rng.sample(others, min(TOLD_COUNT, len(others))))
+
+    def _look_back(self, peer: NodeId) -> None:
+        now = trio.current_time()
+        voters = frozenset(self._voters())
+        if self._p2p.node_id in voters or voters & self._up():
+            return
+        if now < self._looked_back_s.get(peer, float("-inf")) + LOOK_BACK_INTERVAL_S:
+            return
+        self._looked_back_s.pop(peer, None)
+        self._looked_back_s[peer] = now
+        if len(self._looked_back_s) > LOOKED_COUNT_MAX:
+            del self._looked_back_s[next(iter(self._looked_back_s))]
+        self.want_nowait(peer)
 
     def _has_stalled(self) -> bool:
         replica, now = self._owner.replica, trio.current_time()
@@ -144,13 +202,16 @@ class Syncer:
         return False
 
     def _pick(self) -> NodeId | None:
-        known = self._peers()
-        up = {peer.node_id for peer in self._p2p.peers() if peer.connected and peer.node_id in known}
+        up = self._up()
         while self._first:
             first = self._first.popleft()
             if first in up:
                 return first
-        return self._rng.choice(sorted(up)) if up else None
+        return self._choice.pick(up, voters=self._voters(), now_s=trio.current_time())
+
+    def _up(self) -> frozenset[NodeId]:
+        connected = [peer.node_id for peer in self._p2p.peers() if peer.connected]
+        return candidates(connected, voters=self._voters(), followers=self._followers(), own=self._p2p.node_id)
 
     async def _round(self, peer: NodeId) -> Outcome:
         self._round_index += 1
@@ -185,7 +246,7 @@ class Syncer:
                 ref = verify_offer(offer, founders=self._founders, verify=verify_ed25519, network_id=self._network_id)
         except DecodeError as exc:
             _logger.warning("state.snapshot_refused", peer=peer, reason=exc.message)
-            return
+            raise
         if ref is None or ref.height <= above_height:
             await trio.sleep(SNAPSHOT_PAUSE_S)
             return
@@ -200,16 +261,18 @@ class Syncer:
             offer=offer,
         )
         answer: sync.Answer | None = None
-        while True:
-            try:
-                step = next(steps) if answer is None else steps.send(answer)
-            except StopIteration as end:
-                snapshot: Snapshot | None = end.value
-                break
-            except DecodeError as exc:
-                _logger.warning("state.snapshot_refused", peer=peer, reason=exc.message)
-                return
-            answer = await self._ask(peer, step)
+        with trio.fail_after(JOIN_TIMEOUT_S) as scope:
+            while True:
+                try:
+                    step = next(steps) if answer is None else steps.send(answer)
+                except StopIteration as end:
+                    snapshot: Snapshot | None = end.value
+                    break
+                except DecodeError as exc:
+                    _logger.warning("state.snapshot_refused", peer=peer, reason=exc.message)
+                    raise
+                answer = await self._ask(peer, step)
+                scope.deadline += JOIN_STEP_S
         if snapshot is None:
             await trio.sleep(SNAPSHOT_PAUSE_S)
             return
@@ -226,13 +289,15 @@ class Syncer:
             data = await self._p2p.request(peer, sync.PROTOCOL, encode(request), response_size_max_bytes=size_max_bytes)
         return sync.decode_answer(data, sync.ANSWER_OF[type(request)])
 
-    async def serve(self, _node_id: NodeId, data: bytes) -> bytes:
+    async def serve(self, node_id: NodeId, data: bytes) -> bytes:
         """Answer one request of a peer.
 
         Raises:
           DecodeError: it is none.
         """
         request = sync.decode_request(data)
+        if isinstance(request, sync.Hello) and request.root != self._owner.replica.lanes.index.root():
+            self._look_back(node_id)
         if not isinstance(request, sync.Pull | sync.PiecePull):
             return encode(answer_from_memory(self._owner.replica, request))
         # What the replica knows is read here, in its own thread; only the store is asked from another.

@@ -55,6 +55,7 @@ from formation.state.limits import PeerLimits
 from formation.state.op import PlainOp
 from formation.state.replica import Replica, ReplicaConfig
 from formation.state.store import MemoryDisk, MemoryStore, Record
+from formation.state.sync_peers import candidates
 from tests.sim.byzantine import Liar
 from tests.sim.checkers import Checkers, InvariantError, Tap, breach, claims_of, replica_root
 from tests.sim.faults import SCENARIOS, Counts, Plan
@@ -523,8 +524,9 @@ class Cluster:
             return
         node.is_gossip_due = False
         messages = node.outbox.take_messages()
-        connected = [other.node_id for other in self.nodes if other.is_up and not self.is_cut(node, other)]
-        if gossip.has_followers(connected, voters=self._known_voters(node)):
+        founders = self.committees[0].index_of
+        has_followers = any(o.is_up and o.key not in founders and not self.is_cut(node, o) for o in self.nodes if o is not node)
+        if has_followers and node.node_id in self._known_voters(node):
             for topic, message in messages:
                 self.publish(node.node_id, node, topic, message)
 
@@ -635,16 +637,14 @@ class Cluster:
         if node.round is not None or node.is_paused:
             self._want_sync(node, SYNC_PAUSE_MS)
             return
-        voters = self._known_voters(node)
-        peers = [
-            other
-            for other in self.nodes
-            if other.key != node.key
-            and other.node_id in voters
-            and other.is_up
-            and not other.is_paused
-            and not self.is_cut(node, other)
-        ]
+        founders = self.committees[0].index_of
+        allowed = candidates(
+            [other.node_id for other in self.nodes if other.is_up and not other.is_paused and not self.is_cut(node, other)],
+            voters=self._known_voters(node),
+            followers=[other.node_id for other in self.nodes if other.key not in founders],
+            own=node.node_id,
+        )
+        peers = [other for other in self.nodes if other.node_id in allowed and other.key != node.key]
         if not peers:
             self._want_sync(node, SYNC_INTERVAL_MS)
             return

@@ -314,6 +314,27 @@ async def test_a_message_that_is_not_accepted_goes_no_further(kind: str, verdict
 
 
 @pytest.mark.parametrize("kind", KINDS)
+async def test_who_takes_part_in_a_topic_is_seen_by_its_peers(kind: str) -> None:
+    """From the subscription on until it is taken back, after which nothing is delivered; and a second time."""
+    async with running(kind) as (a, b):
+        got: list[bytes] = []
+        assert a.subscribers("topic") == frozenset()
+        for _ in range(2):
+            b.subscribe("topic", lambda author, data: Verdict.ACCEPT, lambda author, data: got.append(data))
+            await until(lambda: a.subscribers("topic") == {b.node_id})
+            while not got:
+                await a.publish("topic", b"heard")
+                await trio.sleep(0.1)
+            b.unsubscribe("topic")
+            b.unsubscribe("topic")
+            await until(lambda: a.subscribers("topic") == frozenset())
+            got.clear()
+            await a.publish("topic", b"not heard")
+            await trio.sleep(0.2)
+            assert got == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
 async def test_gossip_too_long_is_refused(kind: str) -> None:
     """Here, and not silently elsewhere."""
     async with running(kind, 1) as (a,):

@@ -9,15 +9,17 @@ from formation.core.errors import DecodeError
 from formation.core.event import Seat
 from formation.core.ids import node_id_of
 from formation.state import sync
+from formation.state.committee import Committee
 from formation.state.fold import State
 from formation.state.gossip import (
     MESSAGE_FRAME_COUNT_MAX,
     MESSAGE_SIZE_MAX_BYTES,
     Outbox,
-    has_followers,
     linked_nodes,
+    needs_relay,
     pack_frames,
     take_message,
+    takes_part,
     unpack_frames,
 )
 from formation.state.lane import SEQ_MAX, LaneId
@@ -121,12 +123,18 @@ def test_gossip_is_taken_from_voters_only() -> None:
         take_message(voter, pack_frames((b"",) * (MESSAGE_FRAME_COUNT_MAX + 1)), voters=(voter,))
 
 
-def test_voters_alone_need_no_gossip() -> None:
-    """Somebody must be there who does not vote."""
-    one, other, follower = (node_id_of(bytes((n,)) * 32) for n in (1, 2, 3))
-    assert not has_followers((), voters=(one, other))
-    assert not has_followers((one,), voters=(one, other))
-    assert has_followers((one, follower), voters=(one, other))
+def test_voters_take_part_in_gossip_while_a_neighbour_needs_them_to() -> None:
+    """A follower that reaches a quorum of voters asks nobody to pass anything on; one that does not asks, and is heard."""
+    keys = tuple(bytes((n,)) * 32 for n in range(1, 6))
+    *voters, follower = map(node_id_of, keys)
+    committee = Committee(0, keys[:4])
+    assert needs_relay((), committee=committee, own=follower)
+    assert needs_relay((*voters[:2], follower), committee=committee, own=follower)
+    assert not needs_relay(voters[1:], committee=committee, own=follower)
+    assert not needs_relay((), committee=committee, own=voters[0])
+    assert takes_part(own=follower, voters=voters, has_relay_seekers=False)
+    assert not takes_part(own=voters[0], voters=voters, has_relay_seekers=False)
+    assert takes_part(own=voters[0], voters=voters, has_relay_seekers=True)
 
 
 def test_frames_go_to_voters_and_a_voter_s_also_to_the_admitted() -> None:

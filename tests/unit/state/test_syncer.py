@@ -41,7 +41,8 @@ def make_syncer(owner: FakeOwner) -> Syncer:
         p2p=cast("Any", None),
         founders=Committee(0, (b"k" * 32,)),
         network_id=NetworkId(b"n" * 32),
-        peers=frozenset,
+        voters=frozenset,
+        followers=frozenset,
         rng=random.Random(1),
     )
 
