@@ -82,6 +82,7 @@ class Libp2pTransport:
         self._topics: dict[str, tuple[Validate, Deliver]] = {}
         self._callbacks: list[ConnectionCallback] = []
         self._is_refused: Callable[[NodeId], bool] = lambda node_id: False
+        self._is_reserved: Callable[[NodeId], bool] = lambda node_id: False
         self._up: set[NodeId] = set()
         self._host: Any = None
         self._gossip: Any = None
@@ -122,6 +123,7 @@ class Libp2pTransport:
 
     async def _run_host(self, task_status: TaskStatus[tuple[str, ...]]) -> None:
         host = self._host = make_host(self._key, self._listen, self._announce)
+        host.get_network().admission.is_reserved = self._is_reserved
         for protocol, handler in self._handlers.items():
             host.set_stream_handler(protocol, self._stream_handler(handler))
         host.get_network().register_notifee(_Notifee(self))
@@ -227,6 +229,10 @@ class Libp2pTransport:
     def refuse_peers(self, is_refused: Callable[[NodeId], bool]) -> None:
         """See Transport."""
         self._is_refused = is_refused
+
+    def reserve_peers(self, is_reserved: Callable[[NodeId], bool]) -> None:
+        """See Transport."""
+        self._is_reserved = is_reserved
 
     def on_connection(self, callback: ConnectionCallback) -> None:
         """See Transport."""

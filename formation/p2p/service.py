@@ -123,7 +123,9 @@ class P2pService:
         self._subscriber = Subscriber(transport)
         self._peer_callbacks: list[ConnectionCallback] = []
         self._nursery: trio.Nursery | None = None
+        self._voters: frozenset[NodeId] = frozenset()
         transport.refuse_peers(self._is_banned)
+        transport.reserve_peers(lambda node_id: node_id in self._voters or self._table.is_known(node_id))
         transport.on_connection(self._note_connection)
         self._links.on_link(self._table.set_linked)
 
@@ -183,6 +185,7 @@ class P2pService:
 
     def set_voters(self, voters: frozenset[NodeId]) -> None:
         """Who votes now: never banned by score, never let go, and missed when out of sight."""
+        self._voters = voters
         self._scores.protect(voters)
         self._discovery.set_voters(voters)
 

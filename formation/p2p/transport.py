@@ -175,6 +175,10 @@ class Transport(Protocol):
         """Have nothing to do with peers of whom this holds: what they open is closed, and nobody hears of it. Before `run`."""
         ...
 
+    def reserve_peers(self, is_reserved: Callable[[NodeId], bool]) -> None:
+        """Let peers of whom this holds connect however many others do. Before `run`."""
+        ...
+
     def on_connection(self, callback: ConnectionCallback) -> None:
         """Tell of peers that come and go; set before `run`."""
         ...

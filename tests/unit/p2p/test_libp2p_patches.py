@@ -16,8 +16,9 @@ from formation.core.errors import HostError, UnavailableError
 from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
 from formation.p2p import libp2p_muxer
+from formation.p2p.libp2p_admission import STREAMS_PER_CONNECTION_MAX
 from formation.p2p.libp2p_host import Libp2pTransport, make_libp2p_transport
-from formation.p2p.libp2p_patches import LIBP2P_VERSION, STREAMS_PER_CONNECTION_MAX, apply_patches, check_version
+from formation.p2p.libp2p_patches import LIBP2P_VERSION, apply_patches, check_version
 from formation.p2p.transport import ByteStream, Verdict
 from formation.p2p.yamux import FLAG_SYN, HEADER, TYPE_DATA, TYPE_PING
 
@@ -216,11 +217,11 @@ async def test_garbage_instead_of_a_protocol_name_is_survived(data: bytes) -> No
 async def test_connections_that_ended_hold_no_slot() -> None:
     """Unpatched, each inbound connection ever made keeps one of 250 slots, and a task."""
     async with victim_and_attacker() as (victim, attacker):
-        limiter = victim._host.get_network()._inbound_limiter
+        places = victim._host.get_network().admission.connections
         addresses = [str(address) for address in victim._listen]
         for _ in range(5):
             await attacker.close_peer(victim.node_id)
-            while limiter.borrowed_tokens > 1:  # noqa: ASYNC110 - the library has no event for it
+            while len(places) > 1:  # noqa: ASYNC110 - the library has no event for it
                 await trio.sleep(0.01)
             await attacker.dial(victim.node_id, addresses)
 
