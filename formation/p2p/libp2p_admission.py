@@ -115,9 +115,7 @@ def admitting(add_conn: Any) -> Any:
 
     async def add_conn_admitted(self: Any, muxed_conn: Any, direction: str = "unknown") -> Any:
         peer_id = muxed_conn.peer_id
-        if direction == "inbound" and not self.admission.admit(
-            trio.lowlevel.current_task(), NodeId(peer_id.to_base58())
-        ):
+        if direction == "inbound" and not self.admission.admit(trio.lowlevel.current_task(), NodeId(peer_id.to_base58())):
             if (resources := getattr(muxed_conn, "_resource_scope", None)) is not None:
                 resources.close()
             await muxed_conn.close()

@@ -116,7 +116,7 @@ class Gossip(Pubsub):  # type: ignore[misc] # the library is untyped here
         self._on_message = on_message
         self._inbound: set[Any] = set()
         # The library's grows with what anybody sends, and has a thread.
-        self.seen_messages.stop()
+        self.__dict__.pop("seen_messages").stop()
         self.seen_messages = Seen(SEEN_TTL_S, now_s=time.monotonic)
         self.malformed_count = 0
         self.bad_signature_count = 0

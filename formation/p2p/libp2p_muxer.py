@@ -17,6 +17,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import trio
@@ -47,6 +48,17 @@ HELD_SIZE_MAX_BYTES = 256 * 1024 * 1024
 HELD_SIZE_LOOK_BYTES = 1024 * 1024
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes on all connections since the process began."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+traffic = Traffic()
 _living: set[Muxer] = set()
 """Connections that are served just now."""
 
@@ -280,6 +292,7 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
             return
         message = self._encrypt(frame)
         packet = len(message).to_bytes(LENGTH_SIZE_BYTES, "big") + message
+        traffic.sent_bytes += len(packet)
         if self._unsent:
             if len(self._unsent) + len(packet) > UNSENT_SIZE_MAX_BYTES:
                 _logger.debug("peer %s does not read: closing", self.peer_id)
@@ -347,6 +360,7 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
                 continue
             if not data:
                 return
+            traffic.received_bytes += len(data)
             try:
                 self._take(data)
             except DecodeError as exc:

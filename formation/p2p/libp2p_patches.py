@@ -23,8 +23,8 @@ from libp2p.io.exceptions import ConnectionClosedError, MessageTooLarge
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.swarm import Swarm
-from libp2p.pubsub import gossipsub, pubsub, rpc_queue
 from libp2p.protocol_muxer import multiselect_communicator
+from libp2p.pubsub import gossipsub, pubsub, rpc_queue
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.stream_muxer import muxer_multistream
 from libp2p.tools.anyio_service.trio_manager import TrioManager

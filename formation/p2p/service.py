@@ -18,7 +18,7 @@ from formation.core.errors import DecodeError, UsageError
 from formation.core.ids import NodeId
 from formation.p2p.discovery import Discovery, Sight
 from formation.p2p.frames import FRAME_SIZE_MAX_BYTES
-from formation.p2p.link import FrameHandler, Links
+from formation.p2p.link import LINK_PROTOCOL, FrameHandler, Links
 from formation.p2p.peer_book import PeerBook
 from formation.p2p.peer_store import MemoryPeerStore, PeerStore
 from formation.p2p.presence import Presence
@@ -27,6 +27,7 @@ from formation.p2p.requests import RequestHandler, Requests
 from formation.p2p.router import PeerState, PeerTable
 from formation.p2p.score import Offence, PeerScore, PeerScores
 from formation.p2p.subscriber import Subscriber
+from formation.p2p.traffic import Traffic
 from formation.p2p.transport import (
     ByteStream,
     ConnectionCallback,
@@ -34,6 +35,7 @@ from formation.p2p.transport import (
     StreamHandler,
     TaskStatus,
     Transport,
+    TransportStatistics,
     Validate,
     Verdict,
 )
@@ -285,6 +287,29 @@ class P2pService:
             gossip_rejected_count=gossip.rejected_count,
             gossip_ignored_count=gossip.ignored_count,
         )
+
+    def transport_statistics(self) -> TransportStatistics:
+        """Counters and gauges of the library's side."""
+        return self._transport.statistics()
+
+    def traffic(self) -> Mapping[str, Traffic]:
+        """What was sent and received, by protocol: links, gossip, and each protocol of requests."""
+        links, gossip = self._links.counters, self._subscriber.counters
+        return {
+            LINK_PROTOCOL: Traffic(
+                sent_count=links.sent_count,
+                sent_bytes=links.sent_bytes,
+                received_count=links.received_count,
+                received_bytes=links.received_bytes,
+            ),
+            "gossip": Traffic(
+                sent_count=self._publisher.published_count,
+                sent_bytes=self._publisher.published_bytes,
+                received_count=gossip.delivered_count,
+                received_bytes=gossip.delivered_bytes,
+            ),
+            **self._requests.counters.traffic,
+        }
 
     def sight(self) -> Sight:
         """Whom of the committee we see."""

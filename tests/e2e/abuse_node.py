@@ -26,8 +26,9 @@ from formation.core.errors import FormationError
 from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
 from formation.node.telemetry import set_up_logs
+from formation.p2p import libp2p_admission
 from formation.p2p.libp2p_host import make_libp2p_transport
-from formation.p2p.service import P2pService, Verdict
+from formation.p2p.service import ByteStream, P2pService, Verdict
 
 VICTIM, FIRST, SECOND = (KeyPair(bytes((seed,)) * 32) for seed in (1, 2, 3))
 ECHO = "/echo/1"
@@ -35,16 +36,24 @@ TOPIC = "topic"
 ECHO_SIZE_MAX_BYTES = 64 * 1024
 REQUEST_TIMEOUT_S = 20.0
 BEAT_S = 0.1
+CONNECTION_COUNT_MAX = 200
 
 
 @dataclass(slots=True)
 class Heard:
     """Gossip that arrived, to tell what is delivered twice."""
 
-    counts: Counter[bytes] = field(default_factory=Counter)
+    counts: Counter[tuple[NodeId, bytes]] = field(default_factory=Counter)
 
     def take(self, author: NodeId, data: bytes) -> None:
-        self.counts[data[:40]] += 1
+        self.counts[author, data[:40]] += 1
+
+
+@dataclass(slots=True)
+class Lazies:
+    """Handlers that do nothing until they are told to end."""
+
+    released: trio.Event = field(default_factory=trio.Event)
 
 
 def validate(author: NodeId, data: bytes) -> Verdict:
@@ -60,10 +69,12 @@ def make_service(key: KeyPair, known: dict[NodeId, tuple[str, ...]], linked: set
 
 async def run_victim() -> None:
     """Serve until stdin ends."""
+    # Fewer than usual, so that strangers can take them all within the time of a test.
+    libp2p_admission.CONNECTION_COUNT_MAX = CONNECTION_COUNT_MAX
     honest = {FIRST.node_id, SECOND.node_id}
     service, transport = make_service(VICTIM, dict.fromkeys(honest, ()), honest)
     service.set_voters(frozenset(honest))
-    heard = Heard()
+    heard, lazies = Heard(), Lazies()
 
     async def echo(node_id: NodeId, payload: bytes) -> bytes:
         return payload
@@ -71,6 +82,11 @@ async def run_victim() -> None:
     async def send_back(node_id: NodeId, frame: bytes) -> None:
         service.send_frame(node_id, frame)
 
+    async def never_read(node_id: NodeId, stream: ByteStream) -> None:
+        # A handler that does not read does not hear of its stream's end either.
+        await lazies.released.wait()
+
+    service.serve_stream("/lazy/1", never_read)
     service.serve_requests(ECHO, echo, request_size_max_bytes=ECHO_SIZE_MAX_BYTES)
     service.on_frame(send_back)
     service.subscribe_topic(TOPIC, validate, heard.take)
@@ -78,7 +94,10 @@ async def run_victim() -> None:
         addresses = await nursery.start(service.run)
         first_host = transport._host
         say({"address": addresses[0]})
-        async for _ in trio.lowlevel.FdStream(os.dup(0)):
+        async for line in trio.lowlevel.FdStream(os.dup(0)):
+            if line == b"release\n":
+                lazies.released.set()
+                lazies.released = trio.Event()
             say(figures(transport, heard) | {"is_first_host": transport._host is first_host})
         nursery.cancel_scope.cancel()
 
@@ -102,7 +121,7 @@ def figures(transport: Any, heard: Heard) -> dict[str, Any]:
 async def run_honest(address: str) -> None:
     """Exchange requests, frames and gossip with the victim, and say how it goes."""
     window = Window()
-    known = {VICTIM.node_id: (address,)}
+    known: dict[NodeId, tuple[str, ...]] = {VICTIM.node_id: (address,)}
     services = [make_service(key, known, {VICTIM.node_id})[0] for key in (FIRST, SECOND)]
     async with trio.open_nursery() as nursery:
         for service in services:

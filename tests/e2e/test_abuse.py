@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pytest
 import trio
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
+from libp2p.exceptions import BaseLibp2pError
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.pubsub.pb import rpc_pb2
@@ -32,7 +34,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 
 from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
-from formation.p2p.libp2p_admission import CONNECTION_COUNT_MAX, CONNECTIONS_PER_PEER_MAX, HANDSHAKE_COUNT_MAX
+from formation.p2p.libp2p_admission import CONNECTIONS_PER_PEER_MAX, HANDSHAKE_COUNT_MAX
 from formation.p2p.libp2p_gossip import signed_part
 from formation.p2p.libp2p_host import Libp2pTransport, make_libp2p_transport
 from formation.p2p.libp2p_muxer import Muxer
@@ -40,6 +42,7 @@ from formation.p2p.libp2p_patches import apply_patches
 from formation.p2p.libp2p_setup import parse_id
 from formation.p2p.transport import Verdict
 from formation.p2p.yamux import FLAG_RST, FLAG_SYN, HEADER, TYPE_DATA, TYPE_PING, TYPE_WINDOW
+from tests.e2e.abuse_node import CONNECTION_COUNT_MAX
 
 pytestmark = [pytest.mark.net, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -50,9 +53,12 @@ TOPIC = "topic"
 MESHSUB = "/meshsub/1.1.0"
 # Generous: the machine may be busy with other things; a node that is deaf or stuck takes the 20 s of a request's end.
 LATENCY_MAX_S = 10.0
-RSS_GROWTH_MAX_MIB = 150
-RSS_LEFT_MAX_MIB = 80
+# HELD_SIZE_MAX_BYTES, and what Python makes of it.
+RSS_GROWTH_MAX_MIB = 400
+RSS_LEFT_MAX_MIB = 100
 LOG_LINES_MAX = 400
+HUNG_UP = (BaseLibp2pError, trio.BrokenResourceError, trio.ClosedResourceError, OSError)
+"""How the libraries say that the victim has had enough."""
 NOISE_HEADER = b"\x13/multistream/1.0.0\n\x07/noise\n"
 
 
@@ -64,15 +70,16 @@ class Stage:
         self.address = address
         self.port = int(address.rsplit("/", 1)[1])
         self.lines: list[dict[str, Any]] = []
+        self.rss_start_mib = 0
         self._answers = _lines(victim)
 
-    async def figures(self) -> dict[str, Any]:
+    async def figures(self, line: bytes = b"?\n") -> dict[str, Any]:
         assert self.victim.stdin is not None
-        await self.victim.stdin.send_all(b"?\n")
+        await self.victim.stdin.send_all(line)
         with trio.fail_after(LATENCY_MAX_S):
             return await anext(self._answers)
 
-    async def check_served(self, *, since: int, seconds: float = 1.0) -> None:
+    async def check_served(self, *, since: int, seconds: float = 0.7) -> None:
         """From that line on, everything went through, and goes on going through."""
         with trio.fail_after(30):
             wanted = {"request": 8, "frame": 8, "gossip": 8}
@@ -174,8 +181,8 @@ async def push(send: Callable[[bytes], Awaitable[None]], data: bytes, *, seconds
             while True:
                 await send(data)
                 await trio.lowlevel.checkpoint()
-        except Exception as exc:  # noqa: BLE001 - the victim hung up, in whatever way the library says it
-            assert not isinstance(exc, AssertionError)
+        except HUNG_UP:
+            return
 
 
 # --- the attacks -----------------------------------------------------------------------------------------------------
@@ -196,7 +203,8 @@ async def _push_and_wait(stream: trio.SocketStream, data: bytes) -> None:
 
 async def http(stage: Stage) -> None:
     """A browser that has lost its way is hung up on."""
-    for line in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"POST /v1/intents HTTP/1.1\r\nContent-Length: 9999999\r\n\r\n"):
+    headers = b" HTTP/1.1\r\nHost: formation.example\r\nUser-Agent: a browser of some kind\r\nAccept: */*\r\n\r\n"
+    for line in (b"GET /" + headers, b"POST /v1/intents" + headers + bytes(65536)):
         async with await stage.connect() as stream:
             await stream.send_all(line)
             with trio.fail_after(LATENCY_MAX_S):
@@ -250,8 +258,7 @@ async def _dribble(send: Callable[[bytes], Awaitable[None]], data: bytes) -> Non
     for index in range(1000):
         try:
             await send(data[index % len(data) :][:1])
-        except Exception as exc:  # noqa: BLE001 - the victim hung up, in whatever way the library says it
-            assert not isinstance(exc, AssertionError)
+        except HUNG_UP:
             return
         await trio.sleep(0.7)
 
@@ -283,15 +290,19 @@ async def streams_without_end(stage: Stage) -> None:
     """100,000 streams on a few connections, held, reset at once, or with data that nobody reads."""
 
     async def flood(number: int, frame_of: Callable[[int], bytes]) -> None:
-        muxer = await stage.muxed(key_of(number), nursery, "127.0.0.7")
-        for first in range(1, 50_001, 100):
-            await muxer.wait_for_room()
-            if muxer.event_closed.is_set():
-                return
-            for index in range(first, first + 100):
-                muxer._send(frame_of(2 * index + 1))
-            await trio.lowlevel.checkpoint()
-        await muxer.close()
+        opened_count = 0
+        while opened_count < 25_000:
+            # Hung up on, it comes again.
+            muxer = await stage.muxed(key_of(number), nursery, "127.0.0.7")
+            index = 1
+            while opened_count < 25_000 and not muxer.event_closed.is_set():
+                await muxer.wait_for_room()
+                for _ in range(100):
+                    muxer._send(frame_of(index))
+                    index += 2
+                opened_count += 100
+                await trio.lowlevel.checkpoint()
+            await muxer.close()
 
     kinds: list[Callable[[int], bytes]] = [
         lambda n: HEADER.pack(0, TYPE_WINDOW, FLAG_SYN, n, 0),
@@ -305,20 +316,49 @@ async def streams_without_end(stage: Stage) -> None:
                 nursery.start_soon(flood, 10 + number, frame_of)
 
 
+async def streams_and_loris(stage: Stage) -> None:
+    """Both at a time: one takes CPU, the other places."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(slow_loris, stage)
+        nursery.start_soon(streams_without_end, stage)
+
+
 async def window_violations(stage: Stage) -> None:
-    """More than the window allows, on streams that nobody reads."""
+    """More than the window allows, on streams that nobody reads: the connection ends."""
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             for number in range(20, 24):
                 muxer = await stage.muxed(key_of(number), nursery)
-                for _ in range(16):
-                    opened = await muxer.open_stream()
-                    opened._channel.send_window = 1 << 30
-                    nursery.start_soon(_push_stream, opened)
+                opened = await open_protocol(muxer, "/lazy/1")
+                opened._channel.send_window = 1 << 30
+                await push(opened.write, bytes(1 << 20), seconds=10)
+                await muxer.event_closed.wait()
 
 
-async def _push_stream(opened: Any) -> None:
-    await push(opened.write, bytes(1 << 20), seconds=5)
+async def full_windows(stage: Stage) -> None:
+    """As much as the windows allow, 400 MB in all, on streams that nobody reads: those who hold the most are hung up on."""
+    muxers: list[Muxer] = []
+
+    async def fill(number: int) -> None:
+        muxer = await stage.muxed(key_of(number), nursery, "127.0.0.9")
+        muxers.append(muxer)
+        try:
+            for opened in [await open_protocol(muxer, "/lazy/1") for _ in range(100)]:
+                await opened.write(bytes(250_000))
+        except HUNG_UP:
+            return
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as filling:
+                for number in range(80, 96):
+                    filling.start_soon(fill, number)
+            await trio.sleep(0.5)
+            assert any(muxer.event_closed.is_set() for muxer in muxers)
+            figures = await stage.figures()
+            assert figures["rss_mib"] < stage.rss_start_mib + RSS_GROWTH_MAX_MIB
+            await stage.figures(b"release\n")
+            nursery.cancel_scope.cancel()
 
 
 async def ping_flood(stage: Stage) -> None:
@@ -375,8 +415,7 @@ async def _gossip_flood(stage: Stage, first: int, data_of: Callable[[KeyPair], b
             with trio.move_on_after(1):
                 try:
                     opened = await open_protocol(muxer, MESHSUB)
-                except Exception as exc:  # noqa: BLE001 - refused
-                    assert not isinstance(exc, AssertionError)
+                except HUNG_UP:
                     continue
                 await push(opened.write, data, seconds=1)
         await muxer.close()
@@ -396,9 +435,7 @@ async def topic_flood(stage: Stage) -> None:
 
 async def invalid_signatures(stage: Stage) -> None:
     """Each costs a check; who sends many loses its stream."""
-    await _gossip_flood(
-        stage, 60, lambda key: rpc_of(*(message_of(key, b"ok forged", is_valid=False) for _ in range(300)))
-    )
+    await _gossip_flood(stage, 60, lambda key: rpc_of(*(message_of(key, b"ok forged", is_valid=False) for _ in range(300))))
 
 
 async def gossip_control_flood(stage: Stage) -> None:
@@ -429,14 +466,14 @@ async def sybils(stage: Stage) -> None:
             async with limiter:
                 try:
                     opened.append(await stage.muxed(key_of(number), nursery, f"127.0.1.{number % 3 + 1}"))
-                except Exception as exc:  # noqa: BLE001 - refused
-                    assert not isinstance(exc, AssertionError)
+                except HUNG_UP:
+                    return
 
         async with trio.open_nursery() as joining:
             for number in range(1000, 1000 + CONNECTION_COUNT_MAX + 60):
                 joining.start_soon(join, number)
         figures = await stage.figures()
-        assert CONNECTION_COUNT_MAX - 100 < figures["connection_count"] <= CONNECTION_COUNT_MAX
+        assert CONNECTION_COUNT_MAX // 2 < figures["connection_count"] <= CONNECTION_COUNT_MAX
         assert set(figures["peers"]) >= HONEST
         with trio.fail_after(LATENCY_MAX_S):
             newcomer = await stage.muxed(key_of(2000), nursery, "127.0.2.1")
@@ -459,7 +496,9 @@ def kad_key(node_id: NodeId) -> int:
 async def eclipse(stage: Stage) -> None:
     """Identities ground near the victim's: its table and its connections keep the peers that it had."""
     own = kad_key(VICTIM.node_id)
-    ground = sorted((KeyPair(hashlib.sha256(b"ground %d" % n).digest()) for n in range(2000)), key=lambda k: kad_key(k.node_id) ^ own)
+    ground = sorted(
+        (KeyPair(hashlib.sha256(b"ground %d" % n).digest()) for n in range(2000)), key=lambda k: kad_key(k.node_id) ^ own
+    )
     assert kad_key(ground[0].node_id) ^ own < 1 << 248
     before = set((await stage.figures())["kad"])
     assert before >= HONEST
@@ -476,7 +515,7 @@ async def eclipse(stage: Stage) -> None:
                 dialling.start_soon(attack, host)
         with trio.fail_after(LATENCY_MAX_S):
             # They are in its table: what is shown is that this does not push others out.
-            while not set((await stage.figures())["kad"]) & {host.node_id for host in hosts}:
+            while not set((await stage.figures())["kad"]) & {host.node_id for host in hosts}:  # noqa: ASYNC110 - another process
                 await trio.sleep(0.2)
         await trio.sleep(1)
         figures = await stage.figures()
@@ -486,12 +525,12 @@ async def eclipse(stage: Stage) -> None:
 
 
 ATTACKS = [
+    full_windows,
     garbage,
     http,
     half_open,
-    slow_loris,
     oversized,
-    streams_without_end,
+    streams_and_loris,
     window_violations,
     ping_flood,
     replay,
@@ -510,25 +549,25 @@ async def stage_set(folder: Path) -> AsyncIterator[Stage]:
     with (folder / "victim.log").open("wb") as victim_log, (folder / "honest.log").open("wb") as honest_log:
         async with trio.open_nursery() as nursery:
             victim = await nursery.start(
-                lambda task_status: trio.run_process(
+                partial(
+                    trio.run_process,
                     [sys.executable, str(PROGRAM), "victim"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=victim_log,
                     env=env,
-                    task_status=task_status,
                     check=False,
                 )
             )
             first = await anext(_lines(victim))
             stage = Stage(victim, first["address"])
             honest = await nursery.start(
-                lambda task_status: trio.run_process(
+                partial(
+                    trio.run_process,
                     [sys.executable, str(PROGRAM), "honest", stage.address],
                     stdout=subprocess.PIPE,
                     stderr=honest_log,
                     env=env,
-                    task_status=task_status,
                     check=False,
                 )
             )
@@ -546,11 +585,12 @@ async def test_correct_peers_are_served_whatever_strangers_do(tmp_path: Path) ->
     """One attack after the other on one victim, which stays the same host and gives back what it took."""
     async with stage_set(tmp_path) as stage:
         with trio.fail_after(30):
-            while not any(line["count"].get("gossip") and line["count"].get("frame") for line in stage.lines):
+            while not any(line["count"].get("gossip") and line["count"].get("frame") for line in stage.lines):  # noqa: ASYNC110
                 await trio.sleep(0.1)
         await trio.sleep(3)
         stage.lines.clear()
         start = await stage.figures()
+        stage.rss_start_mib = start["rss_mib"]
         await stage.check_served(since=0)
         for attack in ATTACKS:
             since, begun = len(stage.lines), time.monotonic()
@@ -565,7 +605,7 @@ async def test_correct_peers_are_served_whatever_strangers_do(tmp_path: Path) ->
             )
             assert now["is_first_host"], "the host had to be made anew"
             assert now["rss_mib"] < start["rss_mib"] + RSS_GROWTH_MAX_MIB
-        with trio.move_on_after(20):
+        with trio.move_on_after(30):
             while True:
                 end = await stage.figures()
                 if end["fd_count"] <= start["fd_count"] + 5 and end["task_count"] <= start["task_count"] + 30:
