@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -276,8 +276,10 @@ async def oversized(stage: Stage) -> None:
             ("/echo/1", b"\xff\xff\xff\xff"),
             ("/formation/link/1", b"\xff\xff\xff\xff"),
         ):
-            opened = await open_protocol(muxer, protocol)
-            await push(opened.write, data + bytes(65536), seconds=1)
+            # A stranger's link is refused at once, perhaps before the answer to its opening is read.
+            with suppress(*HUNG_UP):
+                opened = await open_protocol(muxer, protocol)
+                await push(opened.write, data + bytes(65536), seconds=1)
         # In the middle of negotiation, too.
         opened = await muxer.open_stream()
         await push(opened.write, huge + bytes(65536), seconds=1)
@@ -473,7 +475,8 @@ async def sybils(stage: Stage) -> None:
             for number in range(1000, 1000 + CONNECTION_COUNT_MAX + 60):
                 joining.start_soon(join, number)
         figures = await stage.figures()
-        assert CONNECTION_COUNT_MAX // 2 < figures["connection_count"] <= CONNECTION_COUNT_MAX
+        # It may have dialled the honest ones, too; its own connections are not limited by others'.
+        assert CONNECTION_COUNT_MAX // 2 < figures["connection_count"] <= CONNECTION_COUNT_MAX + len(HONEST)
         assert set(figures["peers"]) >= HONEST
         with trio.fail_after(LATENCY_MAX_S):
             newcomer = await stage.muxed(key_of(2000), nursery, "127.0.2.1")
