@@ -40,6 +40,8 @@ from formation.core.units import format_size
 from formation.node.attach import Attach, AttachRequest
 from formation.node.cell_api import CellApi
 from formation.node.door import INTENT_SIZE_MAX_BYTES, Door
+from formation.node.exposition import CONTENT_TYPE
+from formation.node.metrics import metrics_text
 from formation.node.peer_api import PeerApi
 from formation.node.reads import Reads
 from formation.node.state_api import REQUEST_SIZE_MAX_BYTES, Ask, Download, StateApi, StateRoute
@@ -94,6 +96,7 @@ def make_api(parts: ApiParts) -> Application:
     api = _Api(parts)
     return Starlette(
         routes=[
+            Route("/metrics", api.get_metrics),
             Route("/v1/status", api.get_status),
             Route("/v1/nodes", api.get_nodes),
             Route("/v1/accounts", api.get_accounts),
@@ -160,6 +163,9 @@ class _Api:
 
     async def get_status(self, _: Request) -> Response:
         return JSONResponse(self._reads.status())
+
+    async def get_metrics(self, _: Request) -> Response:
+        return Response(metrics_text(self._reads, self._pack), headers={"content-type": CONTENT_TYPE})
 
     async def get_nodes(self, _: Request) -> Response:
         return JSONResponse([self._reads.node(record) for record in self._state.view.nodes()])

@@ -21,15 +21,18 @@ from google.protobuf.message import DecodeError as ProtobufDecodeError
 from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID, PROTOCOL_ID_V11, GossipSub
+from libp2p.pubsub.mcache import MessageCache
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
-from libp2p.pubsub.utils import maybe_consume_signed_record
+from libp2p.pubsub.utils import maybe_consume_signed_record, safe_bytes_from_hex
 from libp2p.tools.anyio_service import background_trio_service
 
 from formation.core.codec import verify_ed25519
 from formation.core.errors import DecodeError, UnavailableError, UsageError
 from formation.core.ids import NodeId, public_key_of_node
+from formation.p2p.libp2p_control import bounded_control
 from formation.p2p.score import Offence
+from formation.p2p.seen import Seen
 from formation.p2p.transport import GOSSIP_SIZE_MAX_BYTES, OffenceCallback, Verdict
 
 SEEN_TTL_S = 120
@@ -41,6 +44,12 @@ DEGREE, DEGREE_LOW, DEGREE_HIGH = 8, 6, 1024
 RPC_SIZE_MAX_BYTES = 1 << 20
 READ_SIZE_BYTES = 64 * 1024
 CLOSE_TIMEOUT_S = 1.0
+# The last 5 heartbeats' messages, for who missed one: at full speed of small ones a tenth of this.
+CACHE_SIZE_MAX_BYTES = 64 * 1024 * 1024
+# Bad messages on one stream: a correct peer passes on none, but another version may call good what we do not.
+BAD_COUNT_MAX = 64
+# Messages, 0.1 to 0.2 ms of checking each, after which other peers have their turn.
+TURN_COUNT = 16
 _VARINT_SIZE_MAX_BYTES = 5
 _SIGNING_PREFIX = b"libp2p-pubsub:"
 # protobuf PublicKey{Type: Ed25519, Data: 32 bytes}
@@ -50,6 +59,26 @@ _logger = logging.getLogger(__name__)
 
 OnMessage = Callable[[str, NodeId, bytes], Verdict]
 """(topic, author, data) -> verdict; an ACCEPTed message is delivered by the time it returns."""
+
+
+class _BoundedCache(MessageCache):  # type: ignore[misc] # the library is untyped here
+    """Messages that can be asked for again; once it is full, those that come are passed on and not kept."""
+
+    def __init__(self, window_size: int, history_size: int) -> None:
+        super().__init__(window_size, history_size)
+        self.size_bytes = 0
+
+    def put(self, msg: Any) -> None:
+        """Keep a message, if there is room."""
+        size_bytes = msg.ByteSize()
+        if self.size_bytes + size_bytes <= CACHE_SIZE_MAX_BYTES and msg.from_id + msg.seqno not in self.msgs:
+            self.size_bytes += size_bytes
+            super().put(msg)
+
+    def shift(self) -> None:
+        """A heartbeat has passed."""
+        super().shift()
+        self.size_bytes = sum(msg.ByteSize() for msg in self.msgs.values())
 
 
 class _Forgetful(dict[str, Any]):
@@ -73,6 +102,7 @@ def make_gossipsub() -> Any:
         prune_back_off=10,
         pending_messages_ttl=0.0,  # queues each message for each peer that is not on the topic
     )
+    router.mcache = _BoundedCache(router.mcache.window_size, router.mcache.history_size)
     router.recent_message_deliveries = _Forgetful()
     router._check_equivocation = lambda message: True  # keeps up to 1000 whole messages; lanes detect equivocation
     return router
@@ -88,6 +118,12 @@ class Gossip(Pubsub):  # type: ignore[misc] # the library is untyped here
         self._on_message = on_message
         self._on_offence = on_offence
         self._inbound: set[Any] = set()
+        # The library's grows with what anybody sends, and has a thread.
+        self.__dict__.pop("seen_messages").stop()
+        self.seen_messages = Seen(SEEN_TTL_S, now_s=time.monotonic)
+        self.malformed_count = 0
+        self.bad_signature_count = 0
+        self.duplicate_count = 0
 
     def announce_again(self) -> None:
         """Tell every peer our topics once more, and open a stream to those that have none.
@@ -112,23 +148,33 @@ class Gossip(Pubsub):  # type: ignore[misc] # the library is untyped here
         if msg_forwarder == self.my_id:
             self._mark_msg_seen(msg)
             await self.router.publish(msg_forwarder, msg)
-            return
+        else:
+            await self._take(msg_forwarder, msg)
+
+    async def _take(self, forwarder: ID, msg: Any) -> bool:
+        """Take a message from a peer; False if no correct peer would have passed it on."""
         try:
             topic, author, public_key = _parse_message(msg)
         except (DecodeError, UsageError) as exc:
             # No offence of the forwarder's: a correct one of another kind may pass on what only we do not understand.
-            _logger.debug("malformed message via %s: %s", msg_forwarder, exc)
-            return
-        if author == self.my_id.to_base58() or topic not in self.topic_ids or self._is_msg_seen(msg):
-            return
+            self.malformed_count += 1
+            _logger.debug("malformed message via %s: %s", forwarder, exc)
+            return False
+        if author == self.my_id.to_base58() or topic not in self.topic_ids:
+            return True
+        if self._is_msg_seen(msg):
+            self.duplicate_count += 1
+            return True
         if not verify_ed25519(public_key, signed_part(msg), msg.signature):
             # Correct peers of any kind check it before they pass a message on.
-            _logger.debug("bad signature via %s", msg_forwarder)
-            self._on_offence(NodeId(msg_forwarder.to_base58()), Offence.BAD_SIGNATURE)
-            return
+            self.bad_signature_count += 1
+            self._on_offence(NodeId(forwarder.to_base58()), Offence.BAD_SIGNATURE)
+            _logger.debug("bad signature via %s", forwarder)
+            return False
         self._mark_msg_seen(msg)
         if self._on_message(topic, author, msg.data) is Verdict.ACCEPT:
-            await self.router.publish(msg_forwarder, msg)
+            await self.router.publish(forwarder, msg)
+        return True
 
     async def continuously_read_stream(self, stream: Any) -> None:
         """Read RPCs until the stream ends; anything malformed resets the stream, and only that."""
@@ -139,6 +185,8 @@ class Gossip(Pubsub):  # type: ignore[misc] # the library is untyped here
             while self.manager.is_running:
                 for raw in take_rpcs(buffer):
                     await self._handle_rpc(peer_id, rpc_pb2.RPC.FromString(raw), stream)
+                    # Reading does not wait while there is something to read.
+                    await trio.lowlevel.checkpoint()
                 buffer += await stream.read(READ_SIZE_BYTES)
             # This Gossip has ended: the peer must not take the stream for one that is read.
             await stream.reset()
@@ -166,10 +214,24 @@ class Gossip(Pubsub):  # type: ignore[misc] # the library is untyped here
             for subscription in rpc.subscriptions:
                 if len(subscription.topicid) <= TOPIC_LENGTH_MAX:
                     self.handle_subscription(peer_id, subscription)
-        for message in rpc.publish:
-            await self.push_msg(peer_id, message)
+        for index, message in enumerate(rpc.publish):
+            if not await self._take(peer_id, message):
+                self._note_bad(stream)
+            if index % TURN_COUNT == TURN_COUNT - 1:
+                await trio.lowlevel.checkpoint()
         if rpc.HasField("control"):
-            await self.router.handle_rpc(rpc, peer_id)
+            control = bounded_control(rpc.control, self.topic_ids, self._kept_size)
+            await self.router.handle_rpc(rpc_pb2.RPC(control=control), peer_id)
+
+    def _note_bad(self, stream: Any) -> None:
+        count = stream.__dict__["_bad_count"] = stream.__dict__.get("_bad_count", 0) + 1
+        if count > BAD_COUNT_MAX:
+            raise DecodeError(f"{count} bad messages on one stream")
+
+    def _kept_size(self, message_id: Any) -> int:
+        key = safe_bytes_from_hex(message_id)
+        message = None if key is None else self.router.mcache.get(key)
+        return 0 if message is None else message.ByteSize()
 
 
 @asynccontextmanager

@@ -19,8 +19,10 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from formation.core.errors import HostError, UnavailableError, UsageError
 from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
+from formation.p2p.libp2p_admission import Admission
 from formation.p2p.libp2p_gossip import running_gossip
 from formation.p2p.libp2p_kad import Kad, dialable
+from formation.p2p.libp2p_muxer import traffic
 from formation.p2p.libp2p_patches import apply_patches
 from formation.p2p.libp2p_setup import check_free, dial_address, listen_address, make_host, parse_address, parse_id
 from formation.p2p.libp2p_stream import Libp2pStream
@@ -85,6 +87,7 @@ class Libp2pTransport:
         self._callbacks: list[ConnectionCallback] = []
         self._offence_callbacks: list[OffenceCallback] = []
         self._is_refused: Callable[[NodeId], bool] = lambda node_id: False
+        self._is_reserved: Callable[[NodeId], bool] = lambda node_id: False
         self._up: set[NodeId] = set()
         self._host: Any = None
         self._gossip: Any = None
@@ -126,6 +129,7 @@ class Libp2pTransport:
 
     async def _run_host(self, task_status: TaskStatus[tuple[str, ...]]) -> None:
         host = self._host = make_host(self._key, self._listen, self._announce)
+        host.get_network().admission.is_reserved = self._is_reserved
         for protocol, handler in self._handlers.items():
             host.set_stream_handler(protocol, self._stream_handler(handler))
         host.get_network().register_notifee(_Notifee(self))
@@ -231,6 +235,10 @@ class Libp2pTransport:
     def refuse_peers(self, is_refused: Callable[[NodeId], bool]) -> None:
         """See Transport."""
         self._is_refused = is_refused
+
+    def reserve_peers(self, is_reserved: Callable[[NodeId], bool]) -> None:
+        """See Transport."""
+        self._is_reserved = is_reserved
 
     def on_connection(self, callback: ConnectionCallback) -> None:
         """See Transport."""
@@ -377,13 +385,30 @@ class Libp2pTransport:
 
     def statistics(self) -> TransportStatistics:
         """See Transport."""
+        network = None if self._host is None else self._host.get_network()
+        # Counters of a host or gossip that is made anew begin at 0, as after a restart.
+        admission = Admission() if network is None else network.admission
+        gossip = self._gossip
         return TransportStatistics(
-            connection_count=0 if self._host is None else len(self._host.get_network().get_connections()),
+            connection_count=0 if network is None else len(network.get_connections()),
             stream_failed_count=self._stream_failed_count,
             gossip_published_count=self._published_count,
             gossip_delivered_count=self._delivered_count,
             gossip_rejected_count=self._rejected_count,
             gossip_ignored_count=self._ignored_count,
+            gossip_malformed_count=0 if gossip is None else gossip.malformed_count,
+            gossip_bad_signature_count=0 if gossip is None else gossip.bad_signature_count,
+            gossip_duplicate_count=0 if gossip is None else gossip.duplicate_count,
+            mesh_degrees={} if gossip is None else {topic: len(peers) for topic, peers in gossip.router.mesh.items()},
+            handshake_count=len(admission.handshakes),
+            handshake_failed_count=admission.handshake_failed_count,
+            handshake_displaced_count=admission.handshakes.displaced_count,
+            connection_refused_count=admission.connections.refused_count,
+            connection_displaced_count=admission.connections.displaced_count,
+            stream_count=admission.stream_count,
+            stream_refused_count=admission.stream_refused_count,
+            sent_bytes=traffic.sent_bytes,
+            received_bytes=traffic.received_bytes,
         )
 
     def _running_host(self) -> Any:

@@ -17,6 +17,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import trio
@@ -40,8 +41,26 @@ UNSENT_SIZE_MAX_BYTES = 2 * 1024 * 1024
 READ_SIZE_BYTES = 256 * 1024
 WRITE_SIZE_BYTES = 256 * 1024
 LENGTH_SIZE_BYTES = 2
+# All connections together, what was received and not read, and what was not sent: beyond it the connection that holds the
+# most ends. A node's own traffic holds a few MB; 512 connections could hold 20 GB by their windows.
+HELD_SIZE_MAX_BYTES = 256 * 1024 * 1024
+# A connection that holds less than this does not look at the others.
+HELD_SIZE_LOOK_BYTES = 1024 * 1024
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes on all connections since the process began."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
+traffic = Traffic()
+_living: set[Muxer] = set()
+"""Connections that are served just now."""
 
 
 class Stream(IMuxedStream):  # type: ignore[misc] # the library is untyped here
@@ -215,6 +234,7 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
                 raise MuxedConnUnavailable("the connection is closed")
             self._has_accepted = trio.Event()
             await self._has_accepted.wait()
+        self.session.note_accepted()
         return Stream(self, self._accepted.popleft())
 
     async def start(self) -> None:
@@ -224,6 +244,7 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                _living.add(self)
                 nursery.start_soon(self._send_rest)
                 nursery.start_soon(self._keep_alive)
                 self.event_started.set()
@@ -233,6 +254,7 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
             _logger.debug("connection with %s failed: %r", self.peer_id, exc)
         finally:
             self._nursery = None
+            _living.discard(self)
             self.event_started.set()
             with trio.CancelScope(shield=True):
                 await self.close()
@@ -270,6 +292,7 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
             return
         message = self._encrypt(frame)
         packet = len(message).to_bytes(LENGTH_SIZE_BYTES, "big") + message
+        traffic.sent_bytes += len(packet)
         if self._unsent:
             if len(self._unsent) + len(packet) > UNSENT_SIZE_MAX_BYTES:
                 _logger.debug("peer %s does not read: closing", self.peer_id)
@@ -317,6 +340,7 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
         while True:
             before = self.session.frame_count
             value += 1
+            self.session.begin_round()
             self.session.ping(value)
             await trio.sleep(PING_INTERVAL_S)
             silent_rounds = silent_rounds + 1 if self.session.frame_count == before else 0
@@ -336,6 +360,7 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
                 continue
             if not data:
                 return
+            traffic.received_bytes += len(data)
             try:
                 self._take(data)
             except DecodeError as exc:
@@ -343,11 +368,23 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
                 return
             if self.session.is_over:
                 return
+            if self.held_size >= HELD_SIZE_LOOK_BYTES:
+                _make_room()
             # A short read has emptied the socket; after a full one others come first.
             if len(data) == READ_SIZE_BYTES:
                 await trio.lowlevel.checkpoint()
             else:
                 await trio.lowlevel.wait_readable(self._socket)
+
+    @property
+    def held_size(self) -> int:
+        """Bytes that it holds for its peer, in both directions."""
+        return self.session.unread_size + len(self._unsent)
+
+    def give_way(self) -> None:
+        """End it at once, for what it holds."""
+        _logger.debug("peer %s holds %d bytes: closing", self.peer_id, self.held_size)
+        self._end()
 
     def _take_buffered(self) -> None:
         """What the library read ahead while it negotiated: decrypted bytes, then ciphertext."""
@@ -376,6 +413,12 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
             self.session.receive(plain)
         if start < end:
             received += data[start:]
+
+
+def _make_room() -> None:
+    """End the connection that holds the most, if all together hold too much."""
+    if sum(muxer.held_size for muxer in _living) > HELD_SIZE_MAX_BYTES:
+        max(_living, key=lambda muxer: muxer.held_size).give_way()
 
 
 async def close_quietly(connection: Any) -> None:

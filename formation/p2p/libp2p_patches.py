@@ -17,29 +17,34 @@ import logging
 from typing import Any
 
 import trio
+from libp2p.exceptions import ParseError
 from libp2p.host.basic_host import BasicHost
-from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.io.exceptions import ConnectionClosedError, MessageTooLarge
 from libp2p.io.trio import TrioTCPStream
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.swarm import Swarm
+from libp2p.protocol_muxer import multiselect_communicator
 from libp2p.pubsub import gossipsub, pubsub, rpc_queue
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.stream_muxer import muxer_multistream
 from libp2p.tools.anyio_service.trio_manager import TrioManager
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
 from formation.core.errors import HostError
-from formation.p2p.libp2p_muxer import Muxer, close_quietly
+from formation.p2p.libp2p_admission import admitting, handle_inbound_connection
+from formation.p2p.libp2p_muxer import Muxer
 
 LIBP2P_VERSION = "0.8.1"
 KAD_PROTOCOL = "/formation/kad/1"
 _KAD_MODULES = ("common", "kad_dht", "peer_routing", "value_store", "provider_store")
 
-# Inbound streams of one connection: links, gossip, kad and 32 requests are far below; each may hold a window of memory.
-STREAMS_PER_CONNECTION_MAX = 128
 IDENTIFY_TIMEOUT_S = 15.0
 # Outbound gossip RPCs waiting for one peer; the library's 32 lost a third of the messages at 50 per second.
 GOSSIP_QUEUE_COUNT_MAX = 4096
+# And their bytes: a peer that does not read would have us keep 4096 times 512 KiB.
+GOSSIP_QUEUE_SIZE_MAX_BYTES = 8 * 1024 * 1024
+# One message of protocol negotiation, as in js-libp2p; ours are shorter than 50.
+NEGOTIATION_SIZE_MAX_BYTES = 1024
 READ_SIZE_BYTES = 256 * 1024
 
 _logger = logging.getLogger(__name__)
@@ -81,42 +86,29 @@ def check_version(version: str) -> None:
 
 
 def _patch_connections() -> None:
-    Swarm._do_handle_inbound_connection = _handle_inbound_connection
+    Swarm._handle_inbound_connection = handle_inbound_connection
+    Swarm.add_conn = admitting(Swarm.add_conn)
+    multiselect_communicator.read_delim = _read_delim
     SwarmConn._handle_muxed_stream = _guard_stream_handler(SwarmConn._handle_muxed_stream)
     TrioManager._find_parent_task = _find_no_parent_task
     TrioTCPStream.read = _read_tcp
     BasicHost._identify_task_entry = _guard_identify(BasicHost._identify_task_entry)
 
 
-async def _handle_inbound_connection(self: Any, read_write_closer: Any, maddr: Any, failure_event: Any) -> None:
-    """Symptom: deaf after 250 inbound connections, one task more for each.
-
-    Cause: the handler waits for the end of the swarm, holding its inbound slot. Cure: wait for the connection's end.
-    """
-    connection = RawConnection(read_write_closer, False)
-    try:
-        muxed = await self.upgrade_inbound_raw_conn(connection, maddr)
-        await muxed.event_closed.wait()
-    except Exception as exc:  # noqa: BLE001 - whatever a stranger's handshake provokes ends that connection only
-        _logger.debug("inbound connection failed: %r", exc)
-    finally:
-        with trio.move_on_after(1) as scope:
-            scope.shield = True
-            await close_quietly(connection)
-
-
 def _guard_stream_handler(handle: Any) -> Any:
     """Symptom: garbage on a new stream (bad UTF-8 in multistream, a malformed gossip RPC) ends the process.
 
     Cause: an exception in a stream's handler travels up to the swarm's nursery. Cure: it resets that stream.
-    Streams beyond a limit per connection are reset unread, too.
+    Streams beyond a connection's share are reset unread, too.
     """
 
     async def handle_guarded(self: Any, stream: Any) -> None:
+        admission = self.swarm.admission
+        if not admission.may_open(len(self.streams)):
+            await stream.reset()
+            return
+        admission.stream_count += 1
         try:
-            if len(self.streams) >= STREAMS_PER_CONNECTION_MAX:
-                await stream.reset()
-                return
             await handle(self, stream)
         except Exception as exc:  # noqa: BLE001 - supervision boundary of one stream
             _logger.debug("stream of %s failed: %r", self.muxed_conn.peer_id, exc)
@@ -126,6 +118,8 @@ def _guard_stream_handler(handle: Any) -> Any:
                     await stream.reset()
                 except Exception as reset_exc:  # noqa: BLE001 - its connection is gone
                     _logger.debug("reset failed: %r", reset_exc)
+        finally:
+            admission.stream_count -= 1
 
     return handle_guarded
 
@@ -153,6 +147,20 @@ def _find_no_parent_task(self: Any, task: Any) -> None:
     """
 
 
+async def _read_delim(reader: Any) -> bytes:
+    """Symptom: 26 MB of memory for each connection or stream that is negotiating, to anybody who asks.
+
+    Cause: a message of multistream-select may claim any size. Cure: NEGOTIATION_SIZE_MAX_BYTES.
+    """
+    try:
+        data = await read_varint_prefixed_bytes_limited(reader, NEGOTIATION_SIZE_MAX_BYTES)
+    except (MessageTooLarge, ValueError) as exc:
+        raise ParseError(f"a negotiation message: {exc}") from exc
+    if data[-1:] != b"\n":
+        raise ParseError("a negotiation message without its end")
+    return bytes(data[:-1])
+
+
 async def _read_tcp(self: Any, n: int | None = None) -> bytes:
     """Symptom: two system calls per Noise message. Cause: it reads 2 bytes of length, then the body. Cure: a buffer."""
     if n == 0:
@@ -175,11 +183,27 @@ async def _read_tcp(self: Any, n: int | None = None) -> bytes:
 # --- gossip and kad --------------------------------------------------------------------------------------------------
 
 
-class _LongQueue(rpc_queue.RpcQueue):  # type: ignore[misc] # the library is untyped here
-    """Symptom: bursts are lost. Cause: 32 RPCs per peer. Cure: GOSSIP_QUEUE_COUNT_MAX."""
+class LongQueue(rpc_queue.RpcQueue):  # type: ignore[misc] # the library is untyped here
+    """Symptom: bursts are lost. Cause: 32 RPCs per peer. Cure: GOSSIP_QUEUE_COUNT_MAX, and a limit in bytes."""
 
     def __init__(self) -> None:
         super().__init__(max_size=GOSSIP_QUEUE_COUNT_MAX)
+        self.size_bytes = 0
+
+    def push(self, rpc: Any, priority: bool = False) -> bool:
+        """Take an RPC, unless it is full."""
+        size_bytes = rpc.ByteSize()
+        if self.size_bytes + size_bytes > GOSSIP_QUEUE_SIZE_MAX_BYTES or not super().push(rpc, priority):
+            return False
+        self.size_bytes += size_bytes
+        return True
+
+    async def pop(self) -> Any:
+        """The next RPC; None once it is closed."""
+        rpc = await super().pop()
+        if rpc is not None:
+            self.size_bytes -= rpc.ByteSize()
+        return rpc
 
 
 class _NoPubsub:
@@ -191,7 +215,7 @@ class _NoPubsub:
 
 
 def _patch_gossip() -> None:
-    pubsub.RpcQueue = _LongQueue
+    pubsub.RpcQueue = LongQueue
     gossipsub.Pubsub = _NoPubsub
     gossipsub.GossipSub._emit_control_msgs = _emit_control_msgs
 

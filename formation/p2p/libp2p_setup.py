@@ -23,13 +23,13 @@ from multiaddr.utils import get_thin_waist_addresses  # type: ignore[import-unty
 from formation.core.errors import HostError, UsageError
 from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
+from formation.p2p.libp2p_admission import HANDSHAKE_TIMEOUT_S, Admission
 from formation.p2p.libp2p_muxer import Muxer
 
-# Connections, both directions: the file descriptors and 90 KB of memory that each costs stay within a small host.
-CONNECTION_COUNT_MAX = 512
-STREAM_COUNT_MAX = 16_384
 # Asked for with each message of the library's; a laptop that changed its network is told of within a minute.
 INTERFACES_TTL_S = 60.0
+# The library's own limits refuse whoever comes last; `admission` decides long before they are reached.
+_UNLIMITED = 1 << 20
 
 _logger = structlog.get_logger(__name__)
 
@@ -47,7 +47,7 @@ def make_host(key: KeyPair, listen: Sequence[Multiaddr], announce: Sequence[Mult
         muxer_opt={YAMUX: Muxer},
         # The defaults limit to 10 connections per second, shrink limits under load, and keep statistics of all.
         resource_manager=ResourceManager(
-            limits=ResourceLimits(max_connections=2 * CONNECTION_COUNT_MAX, max_streams=STREAM_COUNT_MAX),
+            limits=ResourceLimits(max_connections=_UNLIMITED, max_streams=_UNLIMITED),
             enable_rate_limiting=False,
             enable_circuit_breaker=False,
             enable_graceful_degradation=False,
@@ -55,12 +55,18 @@ def make_host(key: KeyPair, listen: Sequence[Multiaddr], announce: Sequence[Mult
             enable_connection_tracking=False,
         ),
         connection_config=ConnectionConfig(
-            max_connections=CONNECTION_COUNT_MAX, min_connections=0, low_watermark=0, high_watermark=CONNECTION_COUNT_MAX
+            max_connections=_UNLIMITED,
+            min_connections=0,
+            low_watermark=0,
+            high_watermark=_UNLIMITED,
+            max_connections_per_peer=_UNLIMITED,
+            inbound_upgrade_timeout=HANDSHAKE_TIMEOUT_S,
         ),
     )
     network = host.get_network()
     network.retry_config = RetryConfig(max_retries=0)
     network.auto_connector = _NoAutoConnector()
+    network.admission = Admission()
     return host
 
 

@@ -127,6 +127,9 @@ class LinkCounters:
     """Frames since start."""
 
     sent_count: int = 0
+    sent_bytes: int = 0
+    """With the frames' headers and signs of life."""
+    received_bytes: int = 0
     dropped_count: int = 0
     received_count: int = 0
     fault_count: int = 0
@@ -284,6 +287,7 @@ class Links:
                 await stream.send_all(data)
                 outbox.is_sending = False
                 self.counters.sent_count += count
+                self.counters.sent_bytes += len(data)
         except UnavailableError as exc:
             _logger.debug("link broke", peer=node_id, error=str(exc))
             scope.cancel()
@@ -333,6 +337,7 @@ class Links:
         decoder = FrameDecoder(size_max_bytes=FRAME_SIZE_MAX_BYTES)
         while data := await stream.receive_some(READ_SIZE_MAX_BYTES):
             heard.at = math.inf
+            self.counters.received_bytes += len(data)
             try:
                 frames = decoder.feed(data)
             except DecodeError:

@@ -259,6 +259,9 @@ class LoopbackTransport:
         """See Transport."""
         self.is_refused = is_refused
 
+    def reserve_peers(self, is_reserved: Callable[[NodeId], bool]) -> None:
+        """See Transport: here there is place for everybody."""
+
     def on_connection(self, callback: ConnectionCallback) -> None:
         """See Transport."""
         self._callbacks.append(callback)

@@ -15,6 +15,7 @@ class Publisher:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self.published_count = 0
+        self.published_bytes = 0
 
     async def publish_event(self, topic: str, data: bytes) -> None:
         """Gossip a message; lossy: nothing may depend on its arrival.
@@ -28,3 +29,4 @@ class Publisher:
             raise UsageError(f"gossip of {len(data)} bytes, {GOSSIP_SIZE_MAX_BYTES} allowed", hint="send it as a stream")
         await self._transport.publish(topic, data)
         self.published_count += 1
+        self.published_bytes += len(data)

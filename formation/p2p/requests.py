@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 import trio
 
 from formation.core.errors import DecodeError, FormationError, RemoteFault, UnavailableError
+from formation.core.histogram import Histogram
 from formation.core.ids import NodeId
 from formation.p2p.calls import AnswerDecoder, encode_answer, encode_error
 from formation.p2p.frames import FrameDecoder, encode_frame
 from formation.p2p.score import Offence
+from formation.p2p.traffic import Traffic
 from formation.p2p.transport import READ_SIZE_MAX_BYTES, ByteStream, OffenceCallback, Transport
 
 # Requests of one peer that are served at a time; more are refused as busy. Its streams are limited to 128 in all.
@@ -42,6 +44,12 @@ class RequestCounters:
     served_count: int = 0
     refused_count: int = 0
     """Not served because the peer had too many open, or its request was malformed."""
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    """By protocol; those are our own, so few."""
+
+    def of(self, protocol: str) -> Traffic:
+        """What one protocol did."""
+        return self.traffic.setdefault(protocol, Traffic(latency=Histogram()))
 
 
 class Requests:
@@ -69,12 +77,18 @@ class Requests:
         limiter = self._asking.setdefault(node_id, trio.CapacityLimiter(ASKED_PER_PEER_MAX))
         async with limiter:
             self.counters.sent_count += 1
+            traffic, begun = self.counters.of(protocol), trio.current_time()
+            assert traffic.latency is not None
             stream = await self._transport.open_stream(node_id, protocol)
             try:
                 await stream.send_all(encode_frame(payload))
+                traffic.note_sent(len(payload))
                 await stream.send_eof()
-                return await _receive_answer(stream, node_id, response_size_max_bytes)
+                answer = await _receive_answer(stream, node_id, response_size_max_bytes)
+                traffic.note_received(len(answer))
+                return answer
             finally:
+                traffic.latency.note(trio.current_time() - begun)
                 await stream.aclose()
                 if limiter.borrowed_tokens == 1 and limiter.statistics().tasks_waiting == 0:
                     # The last one: nothing is kept for peers that come and go.
@@ -82,9 +96,16 @@ class Requests:
 
     def serve(self, protocol: str, handler: RequestHandler, *, request_size_max_bytes: int) -> None:
         """Answer requests of a protocol."""
+        traffic = self.counters.of(protocol)
+
+        async def counted(node_id: NodeId, payload: bytes) -> bytes:
+            traffic.note_received(len(payload))
+            answer = await handler(node_id, payload)
+            traffic.note_sent(len(answer))
+            return answer
 
         async def handle(node_id: NodeId, stream: ByteStream) -> None:
-            await self._serve_one(handler, node_id, stream, request_size_max_bytes)
+            await self._serve_one(counted, node_id, stream, request_size_max_bytes)
 
         self._transport.serve_stream(protocol, handle)
 

@@ -18,7 +18,7 @@ from formation.core.errors import DecodeError, UsageError
 from formation.core.ids import NodeId
 from formation.p2p.discovery import Discovery, Sight
 from formation.p2p.frames import FRAME_SIZE_MAX_BYTES
-from formation.p2p.link import FrameHandler, Links
+from formation.p2p.link import LINK_PROTOCOL, FrameHandler, Links
 from formation.p2p.peer_book import PeerBook
 from formation.p2p.peer_store import MemoryPeerStore, PeerStore
 from formation.p2p.ping import PROTOCOL as PING_PROTOCOL
@@ -29,6 +29,7 @@ from formation.p2p.requests import RequestHandler, Requests
 from formation.p2p.router import PeerState, PeerTable
 from formation.p2p.score import Offence, PeerScore, PeerScores, Refusal
 from formation.p2p.subscriber import Subscriber
+from formation.p2p.traffic import Traffic
 from formation.p2p.transport import (
     ByteStream,
     ConnectionCallback,
@@ -36,6 +37,7 @@ from formation.p2p.transport import (
     StreamHandler,
     TaskStatus,
     Transport,
+    TransportStatistics,
     Validate,
     Verdict,
 )
@@ -131,7 +133,9 @@ class P2pService:
         self._subscriber = Subscriber(transport, on_offence=self.report)
         self._peer_callbacks: list[ConnectionCallback] = []
         self._nursery: trio.Nursery | None = None
+        self._voters: frozenset[NodeId] = frozenset()
         transport.refuse_peers(self._is_refused)
+        transport.reserve_peers(lambda node_id: node_id in self._voters or self._table.is_known(node_id))
         transport.on_offence(self.report)
         transport.serve_stream(PING_PROTOCOL, serve_ping)
         self._links.on_offence(self.report)
@@ -195,6 +199,7 @@ class P2pService:
 
     def set_voters(self, voters: frozenset[NodeId]) -> None:
         """Who votes now: never banned by score, always allowed, never let go, and missed when out of sight."""
+        self._voters = voters
         self._scores.protect(voters)
         self._discovery.set_voters(voters)
         for node_id in self._transport.connected():
@@ -306,6 +311,29 @@ class P2pService:
             gossip_rejected_count=gossip.rejected_count,
             gossip_ignored_count=gossip.ignored_count,
         )
+
+    def transport_statistics(self) -> TransportStatistics:
+        """Counters and gauges of the library's side."""
+        return self._transport.statistics()
+
+    def traffic(self) -> Mapping[str, Traffic]:
+        """What was sent and received, by protocol: links, gossip, and each protocol of requests."""
+        links, gossip = self._links.counters, self._subscriber.counters
+        return {
+            LINK_PROTOCOL: Traffic(
+                sent_count=links.sent_count,
+                sent_bytes=links.sent_bytes,
+                received_count=links.received_count,
+                received_bytes=links.received_bytes,
+            ),
+            "gossip": Traffic(
+                sent_count=self._publisher.published_count,
+                sent_bytes=self._publisher.published_bytes,
+                received_count=gossip.delivered_count,
+                received_bytes=gossip.delivered_bytes,
+            ),
+            **self._requests.counters.traffic,
+        }
 
     def sight(self) -> Sight:
         """Whom of the committee we see."""

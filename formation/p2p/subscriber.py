@@ -19,6 +19,7 @@ class GossipCounters:
     """Messages since start, by what became of them."""
 
     delivered_count: int = 0
+    delivered_bytes: int = 0
     rejected_count: int = 0
     ignored_count: int = 0
     failed_count: int = 0
@@ -48,6 +49,7 @@ class Subscriber:
 
         def receive(author: NodeId, data: bytes) -> None:
             self.counters.delivered_count += 1
+            self.counters.delivered_bytes += len(data)
             try:
                 deliver(author, data)
             except Exception as exc:

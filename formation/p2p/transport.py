@@ -7,8 +7,8 @@ harms its own stream only.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol, TypeVar
 
@@ -106,6 +106,21 @@ class TransportStatistics:
     gossip_delivered_count: int
     gossip_rejected_count: int
     gossip_ignored_count: int
+    gossip_malformed_count: int = 0
+    gossip_bad_signature_count: int = 0
+    gossip_duplicate_count: int = 0
+    mesh_degrees: Mapping[str, int] = field(default_factory=dict)
+    """Peers in the mesh, by topic."""
+    handshake_count: int = 0
+    handshake_failed_count: int = 0
+    handshake_displaced_count: int = 0
+    connection_refused_count: int = 0
+    connection_displaced_count: int = 0
+    stream_count: int = 0
+    """Inbound streams that are open."""
+    stream_refused_count: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
 
 
 class Transport(Protocol):
@@ -186,6 +201,10 @@ class Transport(Protocol):
 
     def refuse_peers(self, is_refused: Callable[[NodeId], bool]) -> None:
         """Have nothing to do with peers of whom this holds: what they open is closed, and nobody hears of it. Before `run`."""
+        ...
+
+    def reserve_peers(self, is_reserved: Callable[[NodeId], bool]) -> None:
+        """Let peers of whom this holds connect however many others do. Before `run`."""
         ...
 
     def on_connection(self, callback: ConnectionCallback) -> None:

@@ -29,6 +29,17 @@ WINDOW_EXCESS_MAX_BYTES = 64 * 1024
 PAYLOAD_SIZE_MAX_BYTES = 65_507
 # Streams of one connection, both directions: links, gossip, kad and requests stay far below; each may hold a window.
 CHANNEL_COUNT_MAX = 1024
+# Of those, opened by the peer and not looked at yet: a burst within one round of the scheduler.
+UNACCEPTED_COUNT_MAX = 256
+# What a peer may cause in a *round* (`begin_round`; 2.5 s) without sending data. Correct ones ping every 2.5 to 30 s, and
+# 4,000 requests a second are twice what a node serves; a flood of these is what brought down HTTP/2 servers
+# (CVE-2019-9512 pings, CVE-2019-9514 and CVE-2023-44487 streams opened and reset).
+ROUND_PING_COUNT_MAX = 250
+ROUND_STREAM_COUNT_MAX = 10_000
+# Streams refused: who runs into a limit waits, and does not try thousands of times.
+ROUND_REFUSED_COUNT_MAX = 2_000
+# Frames without data, 1 to 2 us each; at full speed a stream's window updates are a tenth of this.
+ROUND_EMPTY_COUNT_MAX = 100_000
 
 Send = Callable[[bytes], None]
 """Takes one whole frame; called in the order in which frames must leave."""
@@ -86,6 +97,14 @@ class Session:
         """The peer said that it goes."""
         self.frame_count = 0
         """Frames received; a peer that lives answers pings, so this grows."""
+        self.unread_size = 0
+        """Bytes received on all streams and not yet read."""
+        self.stream_refused_count = 0
+        self._unaccepted_count = 0
+        self._round_ping_count = 0
+        self._round_stream_count = 0
+        self._round_refused_count = 0
+        self._round_empty_count = 0
         self._header = b""
         self._left = 0
         self._flags = 0
@@ -118,6 +137,7 @@ class Session:
     def read(self, channel: Channel, size_max_bytes: int) -> bytes:
         """Take up to so many bytes of what has arrived, and let the peer send as many more."""
         incoming = channel.incoming
+        self.unread_size -= min(len(incoming), size_max_bytes)
         if len(incoming) <= size_max_bytes:
             data = bytes(incoming)
             incoming.clear()
@@ -164,8 +184,29 @@ class Session:
         for channel in channels:
             self._end(channel)
 
+    def note_accepted(self) -> None:
+        """Its owner has taken a stream that the peer opened."""
+        self._unaccepted_count -= 1
+
+    def refuse(self, number: int) -> None:
+        """Reset a stream that the peer wants to open.
+
+        Raises:
+          DecodeError: it has wanted that too often in this round.
+        """
+        self.stream_refused_count += 1
+        self._round_refused_count += 1
+        if self._round_refused_count > ROUND_REFUSED_COUNT_MAX:
+            raise DecodeError(f"{self._round_refused_count} yamux streams beyond the limits within a moment")
+        self._send(HEADER.pack(0, TYPE_WINDOW, FLAG_RST, number, 0))
+
+    def begin_round(self) -> None:
+        """Time has passed: the peer may cause as much again."""
+        self._round_ping_count = self._round_stream_count = self._round_refused_count = self._round_empty_count = 0
+
     def _end(self, channel: Channel) -> None:
         channel.is_reset = True
+        self.unread_size -= len(channel.incoming)
         channel.incoming.clear()
         channel.wake()
 
@@ -186,7 +227,7 @@ class Session:
             if self._left:
                 size = min(self._left, end - start)
                 if self._channel is not None:
-                    self._channel.incoming += data[start : start + size]
+                    self._take_data(self._channel, data[start : start + size])
                 start += size
                 self._left -= size
                 if self._left:
@@ -214,12 +255,19 @@ class Session:
         if version != 0 or kind > TYPE_GO_AWAY:
             raise DecodeError(f"yamux frame of version {version}, type {kind}")
         if kind == TYPE_PING:
+            self._round_ping_count += 1
+            if self._round_ping_count > ROUND_PING_COUNT_MAX:
+                raise DecodeError(f"{self._round_ping_count} yamux pings within a moment")
             if flags & FLAG_SYN:
                 self._send(HEADER.pack(0, TYPE_PING, FLAG_ACK, 0, value))
             return
         if kind == TYPE_GO_AWAY:
             self.is_over = True
             return
+        if kind == TYPE_WINDOW or not value:
+            self._round_empty_count += 1
+            if self._round_empty_count > ROUND_EMPTY_COUNT_MAX:
+                raise DecodeError(f"{self._round_empty_count} yamux frames without data within a moment")
         channel = self._accept(number) if flags & FLAG_SYN else self.channels.get(number)
         if kind == TYPE_WINDOW:
             if channel is not None:
@@ -236,6 +284,12 @@ class Session:
         self._channel, self._flags, self._left = channel, flags, value
         if not value:
             self._finish_data()
+
+    def _take_data(self, channel: Channel, data: bytes) -> None:
+        # What comes for a stream that was reset in the middle of a frame is passed by.
+        if not channel.is_reset:
+            channel.incoming += data
+            self.unread_size += len(data)
 
     def _finish_data(self) -> None:
         channel, self._channel = self._channel, None
@@ -255,9 +309,13 @@ class Session:
     def _accept(self, number: int) -> Channel | None:
         if number & 1 != self._peer_parity or number == 0 or number in self.channels:
             raise DecodeError(f"yamux stream {number} cannot be opened by the peer")
-        if len(self.channels) >= CHANNEL_COUNT_MAX:
-            self._send(HEADER.pack(0, TYPE_WINDOW, FLAG_RST, number, 0))
+        self._round_stream_count += 1
+        if self._round_stream_count > ROUND_STREAM_COUNT_MAX:
+            raise DecodeError(f"{self._round_stream_count} yamux streams opened within a moment")
+        if len(self.channels) >= CHANNEL_COUNT_MAX or self._unaccepted_count >= UNACCEPTED_COUNT_MAX:
+            self.refuse(number)
             return None
+        self._unaccepted_count += 1
         channel = self.channels[number] = Channel(number)
         self._send(HEADER.pack(0, TYPE_WINDOW, FLAG_ACK, number, 0))
         self._on_accept(channel)

@@ -28,8 +28,11 @@ IMPURE = frozenset(
 STATE_OUTSIDE = frozenset({"cell_reader", "disk", "disk_files", "segments", "service", "sqlite", "store", "syncer"})
 STATE_PURE = sorted(path.stem for path in (PACKAGE / "state").glob("*.py") if path.stem not in STATE_OUTSIDE)
 PURE_MODULES = [
-    *(f"core/{name}" for name in ("clock", "codec", "errors", "event", "grants", "ids", "intent", "spec", "units")),
-    *(f"p2p/{name}" for name in ("backoff", "frames", "peer_book", "router", "score", "yamux")),
+    *(
+        f"core/{name}"
+        for name in ("clock", "codec", "errors", "event", "grants", "histogram", "ids", "intent", "spec", "units")
+    ),
+    *(f"p2p/{name}" for name in ("admission", "backoff", "frames", "peer_book", "router", "score", "seen", "traffic", "yamux")),
     *(f"state/{name}" for name in STATE_PURE),
     *(f"pack/{name}" for name in ("formfile", "manifest", "plan")),
     *(f"vmm/{name}" for name in ("allocator", "devices", "lifecycle", "plan", "pvh", "qmp", "words")),
@@ -40,7 +43,10 @@ ALLOWED = {("core/clock", "time"), ("p2p/backoff", "random")}
 
 IMPORTERS = {
     # One adapter, in as many files as it takes.
-    "libp2p": {f"p2p/libp2p_{part}" for part in ("gossip", "host", "kad", "patches", "setup", "stream", "muxer")},
+    "libp2p": {
+        f"p2p/libp2p_{part}"
+        for part in ("admission", "control", "gossip", "host", "kad", "patches", "setup", "stream", "muxer")
+    },
     "sqlite3": {"state/sqlite"},
     "cbor2": {"core/codec"},
     "nacl": {"core/codec", "core/keys"},

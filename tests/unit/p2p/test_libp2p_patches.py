@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -15,9 +15,19 @@ from libp2p.pubsub.pb import rpc_pb2
 from formation.core.errors import HostError, UnavailableError
 from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
-from formation.p2p import libp2p_muxer
+from formation.p2p import libp2p_admission, libp2p_gossip, libp2p_muxer
+from formation.p2p.libp2p_admission import CONNECTIONS_PER_PEER_MAX, STREAM_SHARE_MIN, STREAMS_PER_CONNECTION_MAX, Admission
+from formation.p2p.libp2p_gossip import BAD_COUNT_MAX, _BoundedCache
 from formation.p2p.libp2p_host import Libp2pTransport, make_libp2p_transport
-from formation.p2p.libp2p_patches import LIBP2P_VERSION, STREAMS_PER_CONNECTION_MAX, apply_patches, check_version
+from formation.p2p.libp2p_patches import (
+    GOSSIP_QUEUE_SIZE_MAX_BYTES,
+    LIBP2P_VERSION,
+    NEGOTIATION_SIZE_MAX_BYTES,
+    LongQueue,
+    apply_patches,
+    check_version,
+)
+from formation.p2p.libp2p_setup import parse_id
 from formation.p2p.transport import ByteStream, Verdict
 from formation.p2p.yamux import FLAG_SYN, HEADER, TYPE_DATA, TYPE_PING
 
@@ -216,11 +226,11 @@ async def test_garbage_instead_of_a_protocol_name_is_survived(data: bytes) -> No
 async def test_connections_that_ended_hold_no_slot() -> None:
     """Unpatched, each inbound connection ever made keeps one of 250 slots, and a task."""
     async with victim_and_attacker() as (victim, attacker):
-        limiter = victim._host.get_network()._inbound_limiter
+        places = victim._host.get_network().admission.connections
         addresses = [str(address) for address in victim._listen]
         for _ in range(5):
             await attacker.close_peer(victim.node_id)
-            while limiter.borrowed_tokens > 1:  # noqa: ASYNC110 - the library has no event for it
+            while len(places) > 1:  # noqa: ASYNC110 - the library has no event for it
                 await trio.sleep(0.01)
             await attacker.dial(victim.node_id, addresses)
 
@@ -348,3 +358,142 @@ async def test_a_noise_message_that_does_not_decrypt_ends_its_connection_only() 
         await muxer._tcp.stream.send_all(b"\x00\x20" + bytes(32))
         while attacker.node_id in victim.connected():  # noqa: ASYNC110 - the library has no event for it
             await trio.sleep(0.01)
+
+
+async def test_a_negotiation_message_may_not_claim_megabytes() -> None:
+    """Unpatched, each stream and each connection keeps up to 26 MB before it is told off."""
+    async with victim_and_attacker() as (victim, attacker):
+        stream = await connection_of(attacker, victim).muxed_conn.open_stream()
+        await stream.write(with_size(bytes(NEGOTIATION_SIZE_MAX_BYTES + 1))[:10])
+        with trio.fail_after(5):
+            while not stream.is_broken:  # noqa: ASYNC110 - the library has no event for it
+                await trio.sleep(0.01)
+
+
+async def test_one_identity_has_a_few_connections_only() -> None:
+    """The newest stay: after a restart of the peer's, the others are dead."""
+    async with victim_and_attacker() as (victim, attacker):
+        network, peer_id = attacker._host.get_network(), connection_of(attacker, victim).muxed_conn.peer_id
+        address = victim._listen[0]
+        for _ in range(3 * CONNECTIONS_PER_PEER_MAX):
+            await network.dial_addr(address, peer_id)
+        while True:
+            held = victim._host.get_network().get_connections(parse_id(attacker.node_id))
+            if len(held) <= CONNECTIONS_PER_PEER_MAX:
+                break
+            await trio.sleep(0.05)
+        assert held
+
+
+async def test_a_handshake_gives_way_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest of the busiest address; whoever comes gets in."""
+    monkeypatch.setattr(libp2p_admission, "HANDSHAKE_COUNT_MAX", 5)
+    async with victim_and_attacker() as (victim, attacker):
+        port = int(victim._listen[0].value_for_protocol("tcp"))
+        silent = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(12)]
+        admission = victim._host.get_network().admission
+        while admission.handshakes.displaced_count < 7:  # noqa: ASYNC110 - the library has no event for it
+            await trio.sleep(0.01)
+        assert len(admission.handshakes) == 5
+        with trio.fail_after(5):
+            while await silent[0].receive_some(100):
+                pass
+        await attacker.close_peer(victim.node_id)
+        await attacker.dial(victim.node_id, [str(victim._listen[0])])
+        for stream in silent:
+            await stream.aclose()
+
+
+async def test_connections_beyond_their_number_leave_those_that_we_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger of the busiest address is refused, a peer that we know gets its place."""
+    monkeypatch.setattr(libp2p_admission, "CONNECTION_COUNT_MAX", 3)
+    one, two, known = make(11), make(12), make(13)
+    async with victim_and_attacker() as (victim, _):
+        admission = victim._host.get_network().admission
+        admission.is_reserved = lambda node_id: node_id == known.node_id
+        addresses = [str(address) for address in victim._listen]
+        async with trio.open_nursery() as nursery:
+            for other in (one, two, known):
+                await nursery.start(other.run)
+            await one.dial(victim.node_id, addresses)
+            with suppress(UnavailableError):
+                await two.dial(victim.node_id, addresses)
+            while admission.connections.refused_count == 0:  # noqa: ASYNC110 - the library has no event for it
+                await trio.sleep(0.01)
+            await known.dial(victim.node_id, addresses)
+            while known.node_id not in victim.connected() or one.node_id in victim.connected():  # noqa: ASYNC110 - no event
+                await trio.sleep(0.01)
+            assert two.node_id not in victim.connected()
+            nursery.cancel_scope.cancel()
+
+
+async def test_who_passes_on_bad_messages_loses_its_stream() -> None:
+    """A few are forgiven: another version may call good what we do not."""
+    async with victim_and_attacker() as (victim, attacker):
+        stream = await attacker.open_stream(victim.node_id, MESHSUB)
+        forged = message_of(KeyPair(b"q" * 32), signature=bytes(64))
+        await stream.send_all(with_size(rpc_pb2.RPC(publish=[forged] * (BAD_COUNT_MAX + 1)).SerializeToString()))
+        with trio.fail_after(5):
+            while not stream._muxed.is_broken:  # type: ignore[attr-defined] # noqa: ASYNC110 - the adapter's inside
+                await trio.sleep(0.01)
+
+
+async def test_what_connections_hold_together_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that holds the most ends."""
+
+    async def never_read(node_id: NodeId, stream: ByteStream) -> None:
+        await trio.sleep(5)
+
+    monkeypatch.setattr(libp2p_muxer, "HELD_SIZE_LOOK_BYTES", 1000)
+    monkeypatch.setattr(libp2p_muxer, "HELD_SIZE_MAX_BYTES", 500_000)
+    async with victim_and_attacker() as (victim, attacker):
+        victim.serve_stream("/lazy/1", never_read)
+        with suppress(UnavailableError):
+            for _ in range(10):
+                stream = await attacker.open_stream(victim.node_id, "/lazy/1")
+                await stream.send_all(bytes(200_000))
+        while attacker.node_id in victim.connected():  # noqa: ASYNC110 - the library has no event for it
+            await trio.sleep(0.01)
+
+
+def test_streams_are_shared_fairly_once_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the limit each connection has its own limit only."""
+    monkeypatch.setattr(libp2p_admission, "STREAM_COUNT_MAX", 40)
+    admission = Admission()
+    for task in range(4):
+        admission.begin(task, trio.CancelScope(), f"192.0.2.{task}")
+        assert admission.admit(task, NodeId("x"))
+    assert admission.may_open(STREAMS_PER_CONNECTION_MAX - 1)
+    assert not admission.may_open(STREAMS_PER_CONNECTION_MAX)
+    admission.stream_count = 40
+    assert admission.may_open(9)
+    assert not admission.may_open(10)
+    for task in range(4, 100):
+        admission.begin(task, trio.CancelScope(), f"192.0.2.{task}")
+        admission.admit(task, NodeId("x"))
+    assert admission.may_open(STREAM_SHARE_MIN - 1)
+    assert not admission.may_open(STREAM_SHARE_MIN)
+
+
+async def test_gossip_for_a_peer_that_does_not_read_is_bounded_in_bytes() -> None:
+    """Not only in number: messages may be large."""
+    queue = LongQueue()
+    large = rpc_pb2.RPC(publish=[rpc_pb2.Message(data=bytes(GOSSIP_QUEUE_SIZE_MAX_BYTES // 10))])
+    assert [queue.push(large) for _ in range(12)] == [True] * 9 + [False] * 3
+    assert await queue.pop() == large
+    assert queue.push(large)
+    queue.close()
+
+
+def test_messages_that_can_be_asked_for_are_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that do not fit are passed on all the same, and room comes with time."""
+    monkeypatch.setattr(libp2p_gossip, "CACHE_SIZE_MAX_BYTES", 1000)
+    cache = _BoundedCache(1, 1)
+    messages = [message_of(KeyPair(b"q" * 32), bytes(300)) for _ in range(4)]
+    for message in messages:
+        cache.put(message)
+        cache.put(message)
+    assert len(cache.msgs) == 2
+    cache.shift()
+    cache.put(messages[3])
+    assert list(cache.msgs) == [messages[3].from_id + messages[3].seqno]

@@ -261,3 +261,96 @@ def test_hostile_frames_are_refused_or_bounded(parts: list[bytes]) -> None:
         return
     assert len(own.incoming) <= sum(map(len, parts))
     assert all(channel.receive_window >= -WINDOW_EXCESS_MAX_BYTES for channel in end.session.channels.values())
+
+
+def syn(number: int) -> bytes:
+    return HEADER.pack(0, TYPE_WINDOW, FLAG_SYN, number, 0)
+
+
+@pytest.mark.parametrize(
+    ("frame", "limit"),
+    [
+        (HEADER.pack(0, TYPE_PING, FLAG_SYN, 0, 7), yamux.ROUND_PING_COUNT_MAX),
+        (HEADER.pack(0, TYPE_PING, FLAG_ACK, 0, 7), yamux.ROUND_PING_COUNT_MAX),
+        (HEADER.pack(0, TYPE_WINDOW, 0, 1, 0), yamux.ROUND_EMPTY_COUNT_MAX),
+        (HEADER.pack(0, TYPE_DATA, 0, 1, 0), yamux.ROUND_EMPTY_COUNT_MAX),
+    ],
+    ids=["ping", "answer", "window", "empty data"],
+)
+def test_frames_that_say_nothing_are_limited_in_a_round(frame: bytes, limit: int) -> None:
+    """A flood of them ends the connection; spread over time they do not."""
+    _, b = pair()
+    for _ in range(2):
+        b.session.receive(frame * limit)
+        b.session.begin_round()
+    b.session.receive(frame * limit)
+    with pytest.raises(DecodeError):
+        b.session.receive(frame)
+
+
+def test_streams_opened_and_reset_at_once_are_limited_in_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What brought down HTTP/2 servers: each costs its opener nothing, and is never one too many."""
+    monkeypatch.setattr(yamux, "ROUND_STREAM_COUNT_MAX", 10)
+    _, b = pair()
+
+    def open_and_reset(number: int) -> None:
+        b.session.receive(syn(number) + HEADER.pack(0, TYPE_WINDOW, FLAG_RST, number, 0))
+        b.session.note_accepted()
+
+    for number in range(1, 21, 2):
+        open_and_reset(number)
+    assert not b.session.channels
+    with pytest.raises(DecodeError, match="opened"):
+        open_and_reset(21)
+
+
+def test_streams_that_nobody_has_looked_at_are_limited() -> None:
+    """They are refused until the others have been taken, also when they were reset meanwhile."""
+    _, b = pair()
+    numbers = range(1, 2 * yamux.UNACCEPTED_COUNT_MAX, 2)
+    for number in numbers:
+        b.session.receive(syn(number) + HEADER.pack(0, TYPE_WINDOW, FLAG_RST, number, 0))
+    b.take_sent()
+    b.session.receive(syn(9001))
+    assert b.take_sent() == HEADER.pack(0, TYPE_WINDOW, FLAG_RST, 9001, 0)
+    assert (b.session.stream_refused_count, len(b.accepted)) == (1, yamux.UNACCEPTED_COUNT_MAX)
+    b.session.note_accepted()
+    b.session.receive(syn(9003))
+    assert b.accepted[-1].number == 9003
+
+
+def test_who_opens_streams_beyond_the_limits_again_and_again_is_hung_up_on() -> None:
+    """It is told so each time until then."""
+    _, b = pair()
+    first = 2 * yamux.UNACCEPTED_COUNT_MAX + 1
+    b.session.receive(b"".join(syn(number) for number in range(1, first, 2)))
+    b.session.receive(b"".join(syn(first + 2 * index) for index in range(yamux.ROUND_REFUSED_COUNT_MAX)))
+    with pytest.raises(DecodeError, match="beyond the limits"):
+        b.session.receive(syn(99_999))
+
+
+def test_what_is_not_read_is_counted() -> None:
+    """However it goes: read, reset, or with the connection."""
+    a, b = pair()
+    channels = [a.session.open() for _ in range(3)]
+    for channel in channels:
+        a.session.write(channel, memoryview(bytes(1000)))
+    carry(a, b)
+    assert b.session.unread_size == 3000
+    b.session.read(b.accepted[0], 400)
+    assert b.session.unread_size == 2600
+    b.session.read(b.accepted[0], 4000)
+    b.session.reset(b.accepted[1])
+    assert b.session.unread_size == 1000
+    b.session.end()
+    assert b.session.unread_size == 0
+
+
+def test_the_rest_of_a_frame_of_a_stream_that_was_reset_is_not_kept() -> None:
+    """The peer may not know yet."""
+    _, b = pair()
+    b.session.receive(HEADER.pack(0, TYPE_DATA, FLAG_SYN, 1, 100) + bytes(50))
+    b.session.reset(b.accepted[0])
+    b.session.receive(bytes(50) + HEADER.pack(0, TYPE_DATA, FLAG_SYN, 3, 2) + b"ok")
+    assert b.session.unread_size == 2
+    assert b.accepted[1].incoming == b"ok"
