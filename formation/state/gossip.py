@@ -90,9 +90,9 @@ def takes_part(*, own: NodeId, voters: Iterable[NodeId], has_relay_seekers: bool
 
 
 def take_message(author: NodeId, data: bytes, *, voters: Iterable[NodeId]) -> tuple[bytes, ...] | None:
-    """The frames to look at in a message whose author is proven; None: it is ignored, its author does not vote here (it may
-    elsewhere, where another epoch is known).
+    """The frames to look at in a message whose author is proven; None: it is ignored.
 
+    Then its author does not vote here; it may elsewhere, where another epoch is known.
     Frames are as hostile as those of any peer, and count against the author's rate (`limits.PeerLimits`).
 
     Raises:
