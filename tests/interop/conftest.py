@@ -24,7 +24,7 @@ def missing_reason() -> str | None:
     """Why the JavaScript peer cannot run on this machine; None: it can."""
     node = shutil.which("node")
     if node is None:
-        return "this machine lacks Node.js: apt-get install nodejs npm"
+        return f"this machine lacks Node.js {NODE_MAJOR_MIN} or later, with npm"
     version = subprocess.run([node, "--version"], capture_output=True, text=True, check=False, timeout=20).stdout.strip()
     if not version.startswith("v") or int(version[1:].partition(".")[0]) < NODE_MAJOR_MIN:
         return f"Node.js here is {version}, the peer needs {NODE_MAJOR_MIN}"

@@ -28,7 +28,8 @@ export const node = await createLibp2p({
   connectionGater: { denyDialMultiaddr: () => false },
   services: {
     identify: identify(),
-    ping: ping(),
+    // Kademlia pings, too: one at a time would be too few.
+    ping: ping({ maxInboundStreams: 8, maxOutboundStreams: 8 }),
     pubsub: gossipsub({ globalSignaturePolicy: 'StrictSign', allowPublishToZeroTopicPeers: true, emitSelf: false }),
     dht: kadDHT({ protocol: KAD, clientMode: false, peerInfoMapper: passthroughMapper, allowQueryWithZeroPeers: true })
   }

@@ -123,6 +123,17 @@ def addresses_of(js: JsPeer, node: LocalNode) -> Any:
     return js("findPeer", peer=node.key.node_id)["addresses"]
 
 
+def meets(js: JsPeer, node: LocalNode) -> bool:
+    """Find it by Kademlia, and connect."""
+    if not addresses_of(js, node):
+        return False
+    try:
+        js("ping", peer=node.key.node_id)
+    except JsError:
+        return False
+    return True
+
+
 def value_at(node: LocalNode, query: dict[str, str]) -> Any:
     try:
         return node.client.get("/v1/values", query)
@@ -170,6 +181,7 @@ def test_a_stranger_finds_its_way_and_follows(network: LocalNetwork, start_js: C
     assert wish["object"] == f"{KeyPair(b'w' * 32).account_id}/hello"
     assert sure_op_at(first, wish)["object_id"] == wish["object"], "the answer comes when it is certified"
 
+    wait_for(partial(meets, js, network.nodes[4]), what="the observer is found: it is who listens to gossip")
     js("follow", topics=TOPICS)
     wait_for(
         lambda: any(t["topic"].endswith("/committee") and len(t["subscribers"]) >= 1 for t in js("gossip")),
@@ -239,8 +251,9 @@ def test_rubbish_is_refused_and_harms_nobody(network: LocalNetwork, start_js: Ca
         admit(network, js)
         link_to_quorum(network, js)
     certify(good, good("advertise", name="honest"))
-    good("follow", topics=TOPICS)
-    bad("follow", topics=TOPICS)
+    for js in (bad, good):
+        wait_for(partial(meets, js, network.nodes[4]), what="the observer is found: it is who listens to gossip")
+        js("follow", topics=TOPICS)
     wait_for(lambda: any(t["subscribers"] for t in good("gossip")), what="somebody else is on the topics")
 
     voters = network.nodes[:4]
