@@ -245,7 +245,7 @@ def test_its_own_blocks_are_certified_and_final(network: LocalNetwork, start_js:
 
 @pytest.mark.timeout(150)
 def test_rubbish_is_refused_and_harms_nobody(network: LocalNetwork, start_js: Callable[[bytes], JsPeer]) -> None:
-    """Bad frames, requests, streams and gossip of an admitted key: logged, not passed on, while another one works on."""
+    """Bad frames, requests, streams and gossip of an admitted key: scored down, not passed on, banned in the end."""
     bad, good = trusting(start_js(b"b" * 32), network), trusting(start_js(b"h" * 32), network)
     for js in (bad, good):
         admit(network, js)
@@ -261,21 +261,29 @@ def test_rubbish_is_refused_and_harms_nobody(network: LocalNetwork, start_js: Ca
     for voter, kinds in ((voters[0], ("unknown", "notCbor")), (voters[3], ("forged", "badAck", "otherNetwork"))):
         for what in kinds:
             bad("rubbishFrames", peer=voter.key.node_id, what=what)
-        wait_for(partial(is_named, voter, bad), what=f"the log of {voter.name} names the peer")
-        assert not is_named(voter, good)
+        wait_for(partial(has_offences, voter, bad, count=len(kinds)), what=f"{voter.name} scores the peer down")
     with pytest.raises(JsError, match="sync request"):
         bad("badRequest", peer=voters[2].key.node_id)
     bad("rawGossip", peer=voters[2].key.node_id)
+    wait_for(partial(has_offences, voters[2], bad, count=1), what="garbage on a gossip stream counts")
     # A length beyond all limits ends that link, at once.
     bad("oversized", peer=voters[1].key.node_id)
     wait_for(lambda: not bad("links")[voters[1].key.node_id], what="the link that claims 4 GiB is closed")
+    wait_for(partial(has_offences, voters[1], bad, count=1), what="and it counts")
     assert bad("gossipRubbish", topic="vm", count=40)["recipients"]
+
+    # It does not stop: it is shown the door, and does not come in again.
+    wait_for(partial(is_banned_after_more, voters[0], bad), what="too low a score is a ban")
+    wait_for(lambda: not bad("links")[voters[0].key.node_id], what="a ban ends its links")
+    with pytest.raises(JsError):  # dials, and is hung up on
+        bad("syncHello", peer=voters[0].key.node_id)
 
     # Honest peers are unharmed, by the same nodes at the same time.
     certify(good, good("advertise", name="still-honest"))
     assert all(good("links").values())
     for node in network.nodes:
         assert node.is_running
+        assert stands(node, good)["offence_count"] == 0, node.name
     assert network.nodes[0].client.get("/v1/status")["state"]["has_quorum"]
     wait_for(
         lambda: "still-honest" in [row["name"] for row in network.nodes[4].client.rows("/v1/nodes", "nodes")],
@@ -288,7 +296,21 @@ def test_rubbish_is_refused_and_harms_nobody(network: LocalNetwork, start_js: Ca
     assert passed_on == [], "our nodes pass nobody's rubbish on"
 
 
-def is_named(node: LocalNode, js: JsPeer) -> bool:
-    """Whether the node's log says that this peer was at fault."""
-    lines = (node.folder / "node.log").read_text(errors="replace").splitlines()
-    return any("peer_fault" in line and js.node_id in line for line in lines)
+def stands(node: LocalNode, js: JsPeer) -> Any:
+    """How the peer stands with a node: what `formation peer show` says."""
+    return node.client.get(f"/v1/peers/{js.node_id}")
+
+
+def has_offences(node: LocalNode, js: JsPeer, *, count: int) -> bool:
+    said = stands(node, js)
+    return bool(said["offence_count"] >= count and said["score"] < 0)
+
+
+def is_banned_after_more(node: LocalNode, js: JsPeer) -> bool:
+    """Send one more bad frame, and see."""
+    if not stands(node, js)["refused_by"]:
+        try:
+            js("rubbishFrames", peer=node.key.node_id, what="forged")
+        except JsError:
+            pass  # it has just been cut off
+    return bool(stands(node, js)["refused_by"])
