@@ -32,7 +32,7 @@ from formation.core.ids import NodeId
 from formation.p2p.backoff import Backoff
 from formation.p2p.peer_book import PeerBook, is_dialable
 from formation.p2p.presence import Presence
-from formation.p2p.router import PeerTable, dials_first
+from formation.p2p.router import ADDRESS_COUNT_MAX, PeerTable, dials_first
 from formation.p2p.score import PeerScores, Refusal
 from formation.p2p.transport import Transport
 
@@ -240,10 +240,14 @@ class Discovery:
             raise UnavailableError(f"this node has nothing to do with {node_id}", hint=refusal_hint(node_id, refusal))
 
     def _addresses(self, node_id: NodeId) -> tuple[str, ...]:
-        """Best first: as given, as looked up, as remembered, as others told."""
-        return tuple(
-            dict.fromkeys(self._table.addresses(node_id) + self._book.addresses(node_id) + self._hearsay.get(node_id, ()))
-        )
+        """Best first: where it was reached last, as given, as it told, as others told.
+
+        What others tell is last, and few are tried: each that is false may cost the adapter's whole timeout.
+        """
+        book = self._book.addresses(node_id)
+        reached = book[:1] if self._book.is_proven(node_id) else ()
+        hearsay = (*self._table.addresses(node_id), *self._hearsay.get(node_id, ()))
+        return tuple(dict.fromkeys((*reached, *self._table.given_addresses(node_id), *book, *hearsay)))[:ADDRESS_COUNT_MAX]
 
     async def connect_at(self, node_id: NodeId, addresses: tuple[str, ...]) -> bool:
         """Connect now to a node that need not be known, at these addresses only; False if it was connected already.
@@ -254,8 +258,15 @@ class Discovery:
         if self._presence.is_up(node_id):
             return False
         self._check_refused(node_id)
+        if self._table.is_known(node_id):
+            await self._dial(node_id, addresses)
+            return True
         self._visited.add(node_id)
-        await self._dial(node_id, addresses, is_kept=False)
+        try:
+            await self._dial(node_id, addresses, is_kept=False)
+        finally:
+            if not self._presence.is_up(node_id):
+                self._visited.discard(node_id)
         return True
 
     async def _dial(self, node_id: NodeId, addresses: tuple[str, ...], *, is_kept: bool = True) -> None:

@@ -108,6 +108,11 @@ class PeerTable:
         peer = self._peers.get(node_id)
         return () if peer is None else peer.addresses()
 
+    def given_addresses(self, node_id: NodeId) -> tuple[str, ...]:
+        """Those of them that the manifest or the committee gave."""
+        peer = self._peers.get(node_id)
+        return () if peer is None else peer.given
+
     def is_connected(self, node_id: NodeId) -> bool:
         """Whether it is up, as far as we know."""
         peer = self._peers.get(node_id)

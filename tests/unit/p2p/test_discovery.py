@@ -23,6 +23,7 @@ from formation.p2p.discovery import (
 )
 from formation.p2p.loopback import LoopbackNetwork, LoopbackTransport, address_of
 from formation.p2p.peer_store import MemoryPeerStore
+from formation.p2p.router import ADDRESS_COUNT_MAX
 from formation.p2p.score import BAN_FIRST_S, Offence
 from formation.p2p.service import P2pService
 from tests.unit.p2p.test_service import running, until
@@ -312,3 +313,24 @@ async def test_allow_and_deny(autojump_clock: MockClock) -> None:
         private.set_voters(frozenset())
         await trio.sleep(1)
         assert connected(private) == set(IDS[1:2])
+
+
+async def test_false_addresses_do_not_come_before_true_ones(autojump_clock: MockClock) -> None:
+    """However many are told: first where the peer was reached, then what was given."""
+    network = LoopbackNetwork(1)
+    one = make(network, 0, (1,))
+    one._book.note_reached(IDS[1], "/ip4/192.0.2.1/tcp/4700", now_ms=NOW_MS)
+    one._table.learn_addresses(IDS[1], [f"/ip4/198.51.100.{n}/tcp/1" for n in range(8)])
+    addresses = one._discovery._addresses(IDS[1])
+    assert addresses[:3] == ("/ip4/192.0.2.1/tcp/4700", address_of(IDS[1]), "/ip4/198.51.100.0/tcp/1")
+    assert len(addresses) == ADDRESS_COUNT_MAX
+
+
+async def test_a_visit_that_fails_leaves_nothing_behind(autojump_clock: MockClock) -> None:
+    """The peer may come as one of ours later."""
+    network = LoopbackNetwork(1)
+    one = make(network, 0)
+    async with running(one):
+        with pytest.raises(UnavailableError):
+            await one.request_at(IDS[1], (address_of(IDS[1]),), "/x/1", b"", response_size_max_bytes=10)
+        assert one._discovery._visited == set()

@@ -59,7 +59,8 @@ def test_learned_addresses_come_after_given_ones_within_limits() -> None:
     table.learn_addresses(B, ["/given", "/new", "/" + "x" * ADDRESS_LENGTH_MAX])
     table.learn_addresses(C, ["/c"])
     assert table.addresses(B) == ("/given", "/new")
-    assert table.addresses(C) == ()
+    assert table.given_addresses(B) == ("/given",)
+    assert table.addresses(C) == table.given_addresses(C) == ()
     table.learn_addresses(B, [f"/{index}" for index in range(50)])
     assert len(table.addresses(B)) == ADDRESS_COUNT_MAX
 
