@@ -106,12 +106,18 @@ def figures(transport: Any, heard: Heard) -> dict[str, Any]:
     """What must stay bounded."""
     with open("/proc/self/statm") as file:
         rss_bytes = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    kad = transport._kad
+    kad, statistics = transport._kad, transport.statistics()
     return {
+        "rejected_count": statistics.gossip_rejected_count,
+        "bad_signature_count": statistics.gossip_bad_signature_count,
+        "duplicate_count": statistics.gossip_duplicate_count,
+        "handshake_displaced_count": statistics.handshake_displaced_count,
+        "connection_refused_count": statistics.connection_refused_count,
+        "stream_refused_count": statistics.stream_refused_count,
         "rss_mib": rss_bytes >> 20,
         "fd_count": len(os.listdir("/proc/self/fd")),
         "task_count": trio.lowlevel.current_statistics().tasks_living,
-        "connection_count": transport.statistics().connection_count,
+        "connection_count": statistics.connection_count,
         "delivered_twice_count": sum(count > 1 for count in heard.counts.values()),
         "kad": [peer.to_base58() for peer in kad._dht.routing_table.get_peer_ids()],
         "peers": sorted(transport.connected()),
