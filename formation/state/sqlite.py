@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -215,23 +216,14 @@ class SqliteView:
         assert generation > self.generation
         # One that was overtaken does not come back.
         assert height >= self._staged_for
-        db = self._db()
         rows = [(number, generation, _crc_of(number, content), content) for number, content in buckets.items() if content]
         gone = [(number, generation) for number, content in buckets.items() if not content and self._staged.get(number)]
-        try:
-            # The transaction that puts them in force syncs them, for it stands behind them in the same log.
-            db.execute("PRAGMA synchronous=NORMAL")
-            db.execute("BEGIN IMMEDIATE")
+        # The transaction that puts them in force syncs them, for it stands behind them in the same log.
+        with self._unsynced() as db:
             if height != self._staged_for:
                 db.execute("DELETE FROM buckets WHERE generation > ?", (self.generation,))
             db.executemany("INSERT OR REPLACE INTO buckets VALUES (?, ?, ?, ?)", rows)
             db.executemany("DELETE FROM buckets WHERE number = ? AND generation = ?", gone)
-            db.execute("COMMIT")
-            db.execute("PRAGMA synchronous=FULL")
-        except _FAILURES as exc:
-            error = self._rolled_back(db, exc)
-            db.execute("PRAGMA synchronous=FULL")
-            raise error from exc
         if height != self._staged_for:
             self._staged_for, self._staged = height, {}
         self._staged.update((number, crc) for number, _, crc, _ in rows)
@@ -246,18 +238,28 @@ class SqliteView:
         if not self._superseded:
             return False
         gone, self._superseded = self._superseded[:TIDY_COUNT], self._superseded[TIDY_COUNT:]
+        with self._unsynced() as db:
+            db.executemany("DELETE FROM buckets WHERE number = ? AND generation = ?", gone)
+        return bool(self._superseded)
+
+    @contextmanager
+    def _unsynced(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that a crash may undo, until another one syncs the log.
+
+        Raises:
+          HostError: it was rolled back, or (WriteUnknownError) may have been.
+        """
         db = self._db()
         try:
             db.execute("PRAGMA synchronous=NORMAL")
             db.execute("BEGIN IMMEDIATE")
-            db.executemany("DELETE FROM buckets WHERE number = ? AND generation = ?", gone)
+            yield db
             db.execute("COMMIT")
             db.execute("PRAGMA synchronous=FULL")
         except _FAILURES as exc:
             error = self._rolled_back(db, exc)
             db.execute("PRAGMA synchronous=FULL")
             raise error from exc
-        return bool(self._superseded)
 
     def write(
         self, generation: int, frame_count: int, meta: bytes, buckets: Mapping[int, bytes], *, staged: int | None = None
