@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
-from formation.core.errors import HostError
+from formation.core.errors import HostError, UsageError
 from formation.core.keys import KeyPair, read_key_file, write_key_file
+from formation.p2p.network_key import FILE_SIZE_MAX_BYTES, HINT, parse_network_key
 
 KEY_FILE_NAME = "node.key"
 DATA_DIR_MODE = 0o700
@@ -38,3 +40,21 @@ def load_or_make_key(data_dir: Path) -> KeyPair:
     if not path.exists():
         write_key_file(path, KeyPair.generate())
     return read_key_file(path)
+
+
+def read_network_key(path: Path) -> bytes:
+    """The 32 bytes of a private network's key file.
+
+    Raises:
+      UsageError: there is none, it is not a key, or others can read it.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(path.stat().st_mode)
+            data = file.read(FILE_SIZE_MAX_BYTES + 1)
+    except OSError as exc:
+        hint = HINT if isinstance(exc, FileNotFoundError) else "check its owner and mode"
+        raise UsageError(f"node.network_key: cannot read {path}: {exc.strerror}", hint=hint) from exc
+    if mode & 0o077:
+        raise UsageError(f"node.network_key: others can read {path} (mode {mode:03o})", hint=f"chmod 600 {path}")
+    return parse_network_key(data, what=str(path))

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from formation.core.config import Value, check_socket_path
 from formation.core.errors import HostError, UsageError
@@ -34,6 +35,8 @@ class NodeSettings:
     listen: tuple[str, ...]
     allow_peers: frozenset[NodeId]
     deny_peers: frozenset[NodeId]
+    network_key: Path | None
+    security: Literal["noise", "tls", "both"]
     public_address: str
     api_socket: Path
     api_tcp: str
@@ -71,6 +74,8 @@ def node_settings(merged: Mapping[str, Value]) -> NodeSettings:
         listen=tuple(listen),
         allow_peers=_node_ids(value("allow_peers"), "node.allow_peers"),
         deny_peers=_node_ids(value("deny_peers"), "node.deny_peers"),
+        network_key=_absolute(value("network_key")) if value("network_key") else None,
+        security=_security(value("security")),
         public_address=str(value("public_address")),
         api_socket=check_socket_path(_absolute(value("api_socket"))),
         api_tcp=api_tcp,
@@ -93,6 +98,11 @@ def _node_ids(value: object, setting: str) -> frozenset[NodeId]:
                 hint="a node id looks like 12D3KooW…: formation peer list shows them, and formation network node-id one's own",
             ) from exc
     return frozenset(map(NodeId, value))
+
+
+def _security(value: object) -> Literal["noise", "tls", "both"]:
+    assert value in ("noise", "tls", "both")
+    return value
 
 
 def split_host_port(text: str) -> tuple[str, int]:

@@ -18,7 +18,7 @@ from formation.node.attach import Attach
 from formation.node.dispatch import Dispatch
 from formation.node.door import Door
 from formation.node.health import Liveness
-from formation.node.identity import load_or_make_key
+from formation.node.identity import load_or_make_key, read_network_key
 from formation.node.reads import Reads
 from formation.node.settings import NodeSettings, offered_capacity
 from formation.p2p.peer_store import FilePeerStore
@@ -71,7 +71,8 @@ async def build_node(settings: NodeSettings) -> Node:
 
     voters = {voter.node_id: voter.addresses for voter in manifest.voters if voter.node_id != key.node_id}
     linked = frozenset(voters) if key.public_key in {voter.public_key for voter in manifest.voters} else frozenset()
-    transport = make_libp2p_transport(key, settings.listen)
+    network_key = None if settings.network_key is None else read_network_key(settings.network_key)
+    transport = make_libp2p_transport(key, settings.listen, security=settings.security, network_key=network_key)
     clock = SystemClock()
     p2p = P2pService(
         transport=transport,

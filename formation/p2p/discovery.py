@@ -324,7 +324,9 @@ class Discovery:
                     await self._dial(node_id, addresses)
         except (UnavailableError, trio.TooSlowError) as exc:
             log = _logger.info if failure_count == 0 else _logger.debug
-            log("peer not reached", peer=node_id, error=str(exc) or "no answer in time", failure_count=failure_count + 1)
+            hint = exc.hint if isinstance(exc, UnavailableError) else ""
+            error = str(exc) or "no answer in time"
+            log("peer not reached", peer=node_id, error=error, hint=hint, failure_count=failure_count + 1)
             return False
         return True
 

@@ -6,6 +6,9 @@ every complete Noise message (libp2p noise specification: 2 bytes of length, at 
 session; frames are encrypted and written where they arise, and wait in `_unsent` only while the socket takes no more.
 So a message costs one round at its receiver and none at its sender, and a cancelled write leaves no half frame.
 
+Connections that are not Noise directly on TCP (TLS, a private network's cipher below Noise) are read and written as the
+library's secured connection instead: one task more, which writes what has gathered, and some rounds more per message.
+
 Limits: a peer that does not read may have UNSENT_SIZE_MAX_BYTES of ours waiting, then its connection is closed, as is one
 that takes nothing for WRITE_TIMEOUT_S or says nothing for PING_SILENT_ROUNDS_MAX pings. Writers of streams wait from
 UNSENT_SIZE_HIGH_BYTES on.
@@ -22,6 +25,7 @@ from typing import Any
 
 import trio
 from libp2p.abc import IMuxedConn, IMuxedStream
+from libp2p.io.trio import TrioTCPStream
 from libp2p.security.noise.io import NoiseTransportReadWriter
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamError, MuxedStreamReset
 
@@ -147,7 +151,7 @@ class Stream(IMuxedStream):  # type: ignore[misc] # the library is untyped here
 
 
 class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
-    """One connection: Noise on TCP."""
+    """One connection, whatever secures it; the socket itself is used where Noise is directly on TCP."""
 
     def __init__(
         self,
@@ -156,22 +160,22 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
         is_initiator: bool | None = None,
         on_close: Callable[[], Awaitable[Any]] | None = None,
     ) -> None:
-        noise = secured_conn.conn
-        if not isinstance(noise, NoiseTransportReadWriter):
-            raise TypeError(f"formation speaks Noise on TCP, not {type(noise).__name__}")
         self.secured_conn = secured_conn
         self.peer_id = peer_id
         self.on_close = on_close
         self.event_started = trio.Event()
         self.event_closed = trio.Event()
         self._is_initiator = secured_conn.is_initiator if is_initiator is None else is_initiator
-        self._tcp = noise.read_writer.read_write_closer.stream
-        self._socket = self._tcp.stream.socket
-        self._encrypt = noise.encrypt
-        self._decrypt = noise.decrypt
+        noise = secured_conn.conn
+        self._tcp = _tcp_below(noise)
+        if self._tcp is not None:
+            self._socket = self._tcp.stream.socket
+            self._encrypt = noise.encrypt
+            self._decrypt = noise.decrypt
         self._received = bytearray()
         """Ciphertext that is no complete message yet."""
         self._unsent = bytearray()
+        """Ciphertext on a socket, else plaintext."""
         self._has_unsent = trio.Event()
         self._has_room = trio.Event()
         self._is_ending = False
@@ -245,10 +249,10 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 _living.add(self)
-                nursery.start_soon(self._send_rest)
+                nursery.start_soon(self._send_rest if self._tcp is not None else self._send_secured)
                 nursery.start_soon(self._keep_alive)
                 self.event_started.set()
-                await self._receive()
+                await (self._receive() if self._tcp is not None else self._receive_secured())
                 nursery.cancel_scope.cancel()
         except Exception as exc:  # noqa: BLE001 - supervision boundary of one connection
             _logger.debug("connection with %s failed: %r", self.peer_id, exc)
@@ -290,15 +294,19 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
     def _send(self, frame: bytes) -> None:
         if self._is_ending:
             return
-        message = self._encrypt(frame)
-        packet = len(message).to_bytes(LENGTH_SIZE_BYTES, "big") + message
+        if self._tcp is not None:
+            message = self._encrypt(frame)
+            packet = len(message).to_bytes(LENGTH_SIZE_BYTES, "big") + message
+        else:
+            packet = frame
         traffic.sent_bytes += len(packet)
-        if self._unsent:
+        if self._unsent or self._tcp is None:
             if len(self._unsent) + len(packet) > UNSENT_SIZE_MAX_BYTES:
                 _logger.debug("peer %s does not read: closing", self.peer_id)
                 self._end()
                 return
             self._unsent += packet
+            self._has_unsent.set()
             return
         try:
             # The descriptor is asked for each time: once closed it is -1, and never another file's.
@@ -325,6 +333,19 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
                 except BlockingIOError:
                     continue
                 del self._unsent[:sent]
+                if len(self._unsent) < UNSENT_SIZE_HIGH_BYTES:
+                    self._has_room.set()
+
+    async def _send_secured(self) -> None:
+        while True:
+            await self._has_unsent.wait()
+            self._has_unsent = trio.Event()
+            while self._unsent:
+                data = bytes(self._unsent[:WRITE_SIZE_BYTES])
+                with trio.fail_after(WRITE_TIMEOUT_S):
+                    await self.secured_conn.write(data)
+                # Only behind the write: until then it counts as held.
+                del self._unsent[: len(data)]
                 if len(self._unsent) < UNSENT_SIZE_HIGH_BYTES:
                     self._has_room.set()
 
@@ -376,6 +397,19 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
             else:
                 await trio.lowlevel.wait_readable(self._socket)
 
+    async def _receive_secured(self) -> None:
+        while not (self._is_ending or self.session.is_over):
+            # It gives what it has read ahead first, then message by message, and raises at the end.
+            data = await self.secured_conn.read(None)
+            traffic.received_bytes += len(data)
+            try:
+                self.session.receive(data)
+            except DecodeError as exc:
+                _logger.debug("peer %s breaks the protocol: %s", self.peer_id, exc)
+                return
+            if self.held_size >= HELD_SIZE_LOOK_BYTES:
+                _make_room()
+
     @property
     def held_size(self) -> int:
         """Bytes that it holds for its peer, in both directions."""
@@ -413,6 +447,14 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
             self.session.receive(plain)
         if start < end:
             received += data[start:]
+
+
+def _tcp_below(secured: Any) -> Any:
+    """The library's TCP stream, where Noise is directly on one; else None."""
+    if not isinstance(secured, NoiseTransportReadWriter):
+        return None
+    stream = getattr(secured.read_writer.read_write_closer, "stream", None)
+    return stream if isinstance(stream, TrioTCPStream) else None
 
 
 def _make_room() -> None:

@@ -21,6 +21,7 @@ from libp2p.exceptions import ParseError
 from libp2p.host.basic_host import BasicHost
 from libp2p.io.exceptions import ConnectionClosedError, MessageTooLarge
 from libp2p.io.trio import TrioTCPStream
+from libp2p.network import swarm
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.swarm import Swarm
 from libp2p.protocol_muxer import multiselect_communicator
@@ -33,6 +34,7 @@ from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from formation.core.errors import HostError
 from formation.p2p.libp2p_admission import admitting, handle_inbound_connection
 from formation.p2p.libp2p_muxer import Muxer
+from formation.p2p.libp2p_pnet import ProtectedConnection
 
 LIBP2P_VERSION = "0.8.1"
 KAD_PROTOCOL = "/formation/kad/1"
@@ -64,6 +66,7 @@ def apply_patches() -> None:
     _patch_connections()
     # It would make its own Yamux, whatever class it is told of.
     muxer_multistream.Yamux = Muxer
+    swarm.new_protected_conn = ProtectedConnection
     _patch_gossip()
     _patch_kad()
     _applied = True

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 from libp2p import new_host
@@ -16,6 +17,8 @@ from libp2p.peer.id import ID
 from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
+from libp2p.security.tls.transport import PROTOCOL_ID as TLS
+from libp2p.security.tls.transport import TLSTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from multiaddr.utils import get_thin_waist_addresses  # type: ignore[import-untyped]
@@ -31,19 +34,29 @@ INTERFACES_TTL_S = 60.0
 # The library's own limits refuse whoever comes last; `admission` decides long before they are reached.
 _UNLIMITED = 1 << 20
 
+Security = Literal["noise", "tls", "both"]
+"""What connections are secured by; both: Noise, or TLS with peers that have no Noise."""
+
 _logger = structlog.get_logger(__name__)
 
 
-def make_host(key: KeyPair, listen: Sequence[Multiaddr], announce: Sequence[Multiaddr]) -> Any:
-    """A libp2p host that does not run yet: TCP, Noise and Yamux only, and limits of ours."""
+def make_host(
+    key: KeyPair,
+    listen: Sequence[Multiaddr],
+    announce: Sequence[Multiaddr],
+    *,
+    security: Security = "noise",
+    network_key: bytes | None = None,
+) -> Any:
+    """A libp2p host that does not run yet: TCP, Noise or TLS, Yamux, and limits of ours."""
     key_pair = create_new_key_pair(key.seed)
     host = new_host(
         key_pair=key_pair,
         listen_addrs=list(listen),
         announce_addrs=list(announce) or None,
         addrs_factory=None if announce else _Announced(),
-        # None would offer SECIO and plaintext, too: with plaintext a peer takes any identity.
-        sec_opt={NOISE: Noise(key_pair, noise_privkey=create_x25519_key_pair().private_key)},
+        sec_opt=_secured_by(key_pair, security),
+        psk=None if network_key is None else network_key.hex(),
         muxer_opt={YAMUX: Muxer},
         # The defaults limit to 10 connections per second, shrink limits under load, and keep statistics of all.
         resource_manager=ResourceManager(
@@ -68,6 +81,33 @@ def make_host(key: KeyPair, listen: Sequence[Multiaddr], announce: Sequence[Mult
     network.auto_connector = _NoAutoConnector()
     network.admission = Admission()
     return host
+
+
+def _secured_by(key_pair: Any, security: Security) -> dict[Any, Any]:
+    """What is offered, in this order. None would offer SECIO and plaintext, too: with plaintext a peer takes any identity."""
+    offered: dict[Any, Any] = {}
+    if security in ("noise", "both"):
+        offered[NOISE] = Noise(key_pair, noise_privkey=create_x25519_key_pair().private_key)
+    if security in ("tls", "both"):
+        offered[TLS] = _Tls(key_pair)
+    return offered
+
+
+class _Tls(TLSTransport):  # type: ignore[misc] # the library is untyped here
+    """Symptom: every handshake writes its key into a file of the temporary directory and removes it.
+
+    Cause: OpenSSL reads keys from files only, and the library makes a context per handshake. Cure: one for each side, ever.
+    """
+
+    def __init__(self, key_pair: Any) -> None:
+        super().__init__(key_pair)
+        self._contexts: dict[bool, ssl.SSLContext] = {}
+
+    def create_ssl_context(self, server_side: bool = False) -> ssl.SSLContext:
+        """The context of one side."""
+        if server_side not in self._contexts:
+            self._contexts[server_side] = super().create_ssl_context(server_side)
+        return self._contexts[server_side]
 
 
 class _Announced:

@@ -7,6 +7,8 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -22,10 +24,11 @@ FOUND_TIMEOUT_S = 120.0
 
 
 @contextmanager
-def network(follower_count: int) -> Iterator[tuple[LocalNetwork, list[LocalNode]]]:
+def network(follower_count: int, *settings: str) -> Iterator[tuple[LocalNetwork, list[LocalNode]]]:
     """Four voters and some followers, which know the voters' first addresses; all run."""
     draft = Draft("moving", tuple((f"v{number}", ("/ip4/127.0.0.1/tcp/0",)) for number in range(1, 5)))
-    local = LocalNetwork.found(draft, node_settings=('hypervisor = "none"', 'log_level = "debug"', 'log_format = "json"'))
+    own = ('hypervisor = "none"', 'log_level = "debug"', 'log_format = "json"', *settings)
+    local = LocalNetwork.found(draft, node_settings=own)
     try:
         voters = list(local.nodes)
         for number in range(1, follower_count + 1):
@@ -60,6 +63,13 @@ def seen_voters(node: LocalNode) -> int:
         return int(node.client.get("/v1/status")["network"]["sight"]["seen_count"])
     except UnavailableError:
         return -1
+
+
+def is_cut_off(node: LocalNode) -> bool:
+    try:
+        return node.client.get("/v1/status")["network"]["sight"]["partitioned_s"] is not None
+    except UnavailableError:
+        return False
 
 
 def wait_for(what: str, check: Callable[[], bool], timeout_s: float) -> float:
@@ -106,3 +116,34 @@ def test_voters_that_all_moved_are_found_again() -> None:
         scores = {node.name: [p["score"] for p in node.client.get("/v1/peers")] for node in local.nodes}
         print(f"cut off seen after {cut_s:.1f} s; all found {found_s:.1f} s after the voters' start; scores {scores}")
         assert not any(any(each) for each in scores.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("security", ["noise", "tls"])
+def test_a_private_network_works_and_nobody_else_gets_in(tmp_path: Path, security: str) -> None:
+    """Voters reach a quorum and a member follows; one without the key, and one with another, see nobody and are told why."""
+    keys = {name: tmp_path / f"{name}.key" for name in ("own", "other")}
+    for name, path in keys.items():
+        path.write_text("/key/swarm/psk/1.0.0/\n/base16/\n" + name.encode().hex().ljust(64, "0") + "\n")
+        path.chmod(0o600)
+    own = f'network_key = "{keys["own"]}"'
+    with network(3, own, f'security = "{security}"') as (local, (member, without, foreign)):
+        for stranger, line in ((without, ""), (foreign, f'network_key = "{keys["other"]}"')):
+            local.kill(stranger)
+            config = stranger.folder / "config.toml"
+            assert own in config.read_text()
+            config.write_text(config.read_text().replace(own, line))
+            # What it heard as a member is not what is tested.
+            (stranger.folder / "peers.cbor").unlink(missing_ok=True)
+            local.start(stranger)
+        wait_for("a quorum", lambda: local.nodes[0].client.get("/v1/status")["state"]["has_quorum"], SETTLE_TIMEOUT_S)
+        wait_for("the member sees all", lambda: seen_voters(member) == 4, SETTLE_TIMEOUT_S)
+        for stranger in (without, foreign):
+            wait_for("the stranger says that it is cut off", partial(is_cut_off, stranger), SETTLE_TIMEOUT_S)
+            assert seen_voters(stranger) == 0
+        connected = {peer["node_id"] for peer in local.nodes[0].client.get("/v1/peers") if peer["connected"]}
+        assert member.key.node_id in connected
+        assert not connected & {without.key.node_id, foreign.key.node_id}
+        assert not any(peer["score"] for peer in local.nodes[0].client.get("/v1/peers"))
+        assert "network key the same as ours" in (foreign.folder / "node.log").read_text()

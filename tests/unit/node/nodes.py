@@ -283,6 +283,8 @@ def _settings(name: str, folder: Path) -> NodeSettings:
         listen=(),
         allow_peers=frozenset(),
         deny_peers=frozenset(),
+        network_key=None,
+        security="noise",
         public_address="127.0.0.1",
         api_socket=folder / "node.sock",
         api_tcp="",

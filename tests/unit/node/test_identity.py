@@ -8,7 +8,7 @@ import pytest
 
 from formation.core.errors import ConflictError, HostError, UsageError
 from formation.core.keys import KeyPair, write_key_file
-from formation.node.identity import KEY_FILE_NAME, load_or_make_key, prepare_data_dir
+from formation.node.identity import KEY_FILE_NAME, load_or_make_key, prepare_data_dir, read_network_key
 
 
 def test_a_new_directory_is_closed_to_others_and_left_empty(tmp_path: Path) -> None:
@@ -70,3 +70,21 @@ def test_a_key_behind_a_dangling_link_is_not_made_anew(tmp_path: Path) -> None:
     (tmp_path / KEY_FILE_NAME).symlink_to(tmp_path / "volume" / "node.key")
     with pytest.raises(ConflictError, match="exists already"):
         load_or_make_key(tmp_path)
+
+
+def test_a_network_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    """As is one that is not there, or is none; each with what to do."""
+    path = tmp_path / "network.key"
+    with pytest.raises(UsageError, match="No such file") as caught:
+        read_network_key(path)
+    assert "openssl rand" in caught.value.hint
+    path.write_bytes(b"/key/swarm/psk/1.0.0/\n/base16/\n" + b"6b" * 32 + b"\n")
+    path.chmod(0o640)
+    with pytest.raises(UsageError, match=r"others can read .* \(mode 640\)") as caught:
+        read_network_key(path)
+    assert caught.value.hint == f"chmod 600 {path}"
+    path.chmod(0o600)
+    assert read_network_key(path) == b"k" * 32
+    path.write_bytes(b"secret")
+    with pytest.raises(UsageError, match="is not the key of a private network"):
+        read_network_key(path)

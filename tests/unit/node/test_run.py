@@ -147,6 +147,8 @@ def make_settings(folder: Path, *, key: KeyPair = VOTER, **changes: Any) -> Node
         "listen": ("/ip4/127.0.0.1/tcp/0",),
         "allow_peers": frozenset(),
         "deny_peers": frozenset(),
+        "network_key": None,
+        "security": "noise",
         "public_address": "127.0.0.1",
         "api_socket": folder / "run" / "node.sock",
         "api_tcp": "",

@@ -127,3 +127,10 @@ def test_a_missing_data_directory_cannot_be_measured(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="cannot measure this host") as caught:
         offered_capacity(settings(data_dir=str(tmp_path / "none")))
     assert str(tmp_path / "none") in caught.value.hint
+
+
+def test_a_private_network() -> None:
+    """Nobody is kept out and Noise is used unless somebody says so."""
+    assert (settings().network_key, settings().security) == (None, "noise")
+    found = settings(network_key="/k/network.key", security="both")
+    assert (found.network_key, found.security) == (Path("/k/network.key"), "both")

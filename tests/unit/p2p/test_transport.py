@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -15,7 +16,13 @@ from formation.p2p.loopback import LoopbackNetwork
 from formation.p2p.transport import GOSSIP_SIZE_MAX_BYTES, ByteStream, Transport, Verdict
 
 MIB = 1 << 20
-KINDS = ["loopback", pytest.param("libp2p", marks=pytest.mark.net)]
+SECURITY: dict[str, dict[str, Any]] = {
+    "libp2p": {},
+    "libp2p-private": {"network_key": b"k" * 32},
+    "libp2p-tls": {"security": "tls"},
+    "libp2p-private-tls": {"security": "both", "network_key": b"k" * 32},
+}
+KINDS = ["loopback", *(pytest.param(kind, marks=pytest.mark.net) for kind in SECURITY)]
 
 
 def make_transports(kind: str, count: int) -> list[Transport]:
@@ -26,7 +33,7 @@ def make_transports(kind: str, count: int) -> list[Transport]:
         return [network.transport(key.node_id) for key in keys]
     from formation.p2p.libp2p_host import make_libp2p_transport
 
-    return [make_libp2p_transport(key, ["/ip4/127.0.0.1/tcp/0"]) for key in keys]
+    return [make_libp2p_transport(key, ["/ip4/127.0.0.1/tcp/0"], **SECURITY[kind]) for key in keys]
 
 
 @asynccontextmanager
