@@ -18,6 +18,10 @@ SCENARIOS = {
     "churn": "bench.macro.churn",
     "idle": "bench.macro.idle",
     "create": "bench.macro.create",
+    "gossip": "bench.macro.p2p_gossip",
+    "stream": "bench.macro.p2p_stream",
+    "discovery": "bench.macro.p2p_discovery",
+    "idle_peers": "bench.macro.p2p_idle",
 }
 
 
