@@ -154,21 +154,22 @@ const commands = {
 
   async begin ({ run }) { Object.assign(received, { run, latenciesUs: [], lastNs: 0 }); return {} },
 
-  async publish ({ run, way, count, size, first_ns: firstNs, interval_ns: intervalNs }) {
-    let lateNs = 0
-    for (let index = 0; index < count; index++) {
+  async publish ({ run, way, count, size, first_ns: firstNs, interval_ns: intervalNs, late_ns_max: lateNsMax }) {
+    let lateNs = 0, index = 0
+    for (; index < count; index++) {
       const dueNs = firstNs + index * intervalNs
       const waitMs = (dueNs - nowNs()) / 1e6
       await (waitMs > 0 ? sleep(waitMs) : turn())
-      const payload = Buffer.alloc(size), now = nowNs()
+      const now = nowNs(), payload = Buffer.alloc(size)
+      lateNs = Math.max(lateNs, now - dueNs)
+      if (lateNs > lateNsMax) break
       payload.writeUInt32BE(run, 0)
       payload.writeUInt32BE(index, 4)
       payload.writeBigUInt64BE(BigInt(now - dueNs > TICK_NS ? dueNs : now), 8)
-      lateNs = Math.max(lateNs, now - dueNs)
       if (way === 'direct') sendFrames(payload)
       else await node.services.pubsub.publish(TOPIC, payload)
     }
-    return { late_ms: lateNs / 1e6 }
+    return { count: index, late_ms: lateNs / 1e6 }
   },
 
   async received () { return received.latenciesUs.length },

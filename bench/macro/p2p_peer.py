@@ -146,21 +146,26 @@ class Peer:
         """Count the messages of this run from now on."""
         self._received = Received(run)
 
-    async def publish(self, *, run: int, way: str, count: int, size: int, first_ns: int, interval_ns: int) -> dict[str, float]:
-        """Publish, each message when it is due; how late the latest was."""
-        late_ns = 0
+    async def publish(
+        self, *, run: int, way: str, count: int, size: int, first_ns: int, interval_ns: int, late_ns_max: int
+    ) -> dict[str, float]:
+        """Publish, each message when it is due, until one is too late; how many that were, how late the latest was."""
+        late_ns, published_count = 0, 0
         for index in range(count):
             due_ns = first_ns + index * interval_ns
             await trio.sleep(max(0, due_ns - time.monotonic_ns()) / 1e9)
             now_ns = time.monotonic_ns()
             late_ns = max(late_ns, now_ns - due_ns)
+            if late_ns > late_ns_max:
+                break
             payload = HEADER.pack(run, index, due_ns if now_ns - due_ns > TICK_NS else now_ns).ljust(size, b"\0")
             if way == "direct":
                 for peer in self._linked:
                     self.service.send_frame(peer, payload)
             else:
                 await self.service.publish_event(TOPIC, payload)
-        return {"late_ms": late_ns / 1e6}
+            published_count += 1
+        return {"count": published_count, "late_ms": late_ns / 1e6}
 
     async def received(self) -> int:
         """How many messages of this run have come."""
