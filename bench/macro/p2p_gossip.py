@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -136,16 +137,28 @@ def measure(plan: Plan) -> dict[tuple[str, What], list[Sample]]:
     print(header(f"Messages in meshes: {plan.rounds} rounds of {plan.duration_s:g} s, all nodes publish in turn"))
     samples: dict[tuple[str, What], list[Sample]] = defaultdict(list)
     kinds = present_kinds(plan.kinds)
-    for number in range(plan.rounds):
-        for node_count in plan.node_counts:
-            for way in plan.ways:
-                for kind in kinds if number % 2 == 0 else kinds[::-1]:
-                    try:
-                        _run_all(plan, kind, node_count, way, samples)
-                    except CannotMeasureError as exc:
-                        print(f"  {kind}, {node_count} nodes, {way}, round {number + 1} not measured to its end: {exc}")
+    try:
+        for number in range(plan.rounds):
+            for node_count in plan.node_counts:
+                for way in plan.ways:
+                    for kind in kinds if number % 2 == 0 else kinds[::-1]:
+                        _run_round(plan, number, kind, node_count, way, samples)
+    except KeyboardInterrupt:
+        print("  interrupted: what was measured until then")
     _tell(samples)
     return samples
+
+
+def _run_round(
+    plan: Plan, number: int, kind: str, node_count: int, way: str, samples: dict[tuple[str, What], list[Sample]]
+) -> None:
+    where = f"{kind}, {node_count} nodes, {way}, round {number + 1}"
+    # It takes an hour: who waits should see that it goes on.
+    print(f"  {where} …", file=sys.stderr, flush=True)
+    try:
+        _run_all(plan, kind, node_count, way, samples)
+    except CannotMeasureError as exc:
+        print(f"  {where} not measured to its end: {exc}")
 
 
 def _run_all(plan: Plan, kind: str, node_count: int, way: str, samples: dict[tuple[str, What], list[Sample]]) -> None:
