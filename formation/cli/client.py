@@ -29,6 +29,8 @@ ANSWER_SIZE_MAX_BYTES = 64 * 1024 * 1024
 # The longest line of an event stream: a 64 KiB event body as JSON, with room for its growth in text form.
 LINE_SIZE_MAX_BYTES = 1024 * 1024
 _READ_SIZE_BYTES = 64 * 1024
+# Ours have 27 characters at most.
+CURSOR_LENGTH_MAX = 64
 _NODE_HINT = "start one with: formation node   (another socket or address: --host or FORMATION_HOST)"
 
 
@@ -36,9 +38,10 @@ _NODE_HINT = "start one with: formation node   (another socket or address: --hos
 class ServerEvent:
     """One message of an event stream."""
 
-    position: int | None
+    cursor: str
+    """Up to where everything is told with it: what `since` takes."""
     kind: str
-    """Verb, or `gap`."""
+    """Verb, `gap`, or empty: nothing but a newer cursor."""
     data: dict[str, Any]
 
 
@@ -98,7 +101,9 @@ class Client:
         with self._request("POST", _url(path), body=body, headers=headers, timeout_s=INTENT_TIMEOUT_S) as response:
             return self._json(response)
 
-    def events(self, query: Mapping[str, str], *, timeout_s: float = STREAM_TIMEOUT_S) -> Iterator[ServerEvent | None]:
+    def events(
+        self, query: Mapping[str, str | list[str]], *, timeout_s: float = STREAM_TIMEOUT_S
+    ) -> Iterator[ServerEvent | None]:
         """The event stream. The first item is None: the stream is open, nothing after this moment is missed.
 
         Raises:
@@ -275,8 +280,8 @@ def _mapped_errors(host: str) -> Iterator[None]:
         ) from exc
 
 
-def _url(path: str, query: Mapping[str, str] | None = None) -> str:
-    return quote(path) + ("?" + urlencode(query) if query else "")
+def _url(path: str, query: Mapping[str, str | list[str]] | Mapping[str, str] | None = None) -> str:
+    return quote(path) + ("?" + urlencode(query, doseq=True) if query else "")
 
 
 def segment(text: str) -> str:
@@ -292,30 +297,28 @@ def segment(text: str) -> str:
 
 def _parse_events(lines: Iterator[bytes]) -> Iterator[ServerEvent]:
     """Server-sent events (WHATWG HTML section 9.2), as far as our node writes them."""
-    position: int | None = None
-    kind, data = "", ""
+    cursor, kind, data = "", "", ""
+    is_moved = False
     for raw in lines:
         line = raw.decode("utf-8", "replace").rstrip("\r\n")
         field, _, value = line.partition(":")
         value = value.removeprefix(" ")
         if not line:
-            event = _server_event(position, kind, data)
+            event = _server_event(cursor, kind, data) if data else ServerEvent(cursor, "", {}) if is_moved else None
             if event is not None:
                 yield event
-            kind, data = "", ""
-        elif field == "id" and value.isdigit():
-            position = int(value)
+            kind, data, is_moved = "", "", False
+        elif field == "id" and len(value) <= CURSOR_LENGTH_MAX:
+            cursor, is_moved = value, True
         elif field == "event":
             kind = value
         elif field == "data":
             data += value
 
 
-def _server_event(position: int | None, kind: str, data: str) -> ServerEvent | None:
-    if not data:
-        return None
+def _server_event(cursor: str, kind: str, data: str) -> ServerEvent | None:
     try:
         value = json.loads(data)
     except ValueError:
         return None
-    return ServerEvent(position, kind, value) if isinstance(value, dict) else None
+    return ServerEvent(cursor, kind, value) if isinstance(value, dict) else None

@@ -6,58 +6,89 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from formation.cli.context import Cli
 from formation.cli.output import Format, paint, printable, to_json, to_json_line, to_yaml
 from formation.cli.watch import port_texts, short_id
-from formation.core.errors import FormationError, UsageError
+from formation.core.errors import FormationError, InterruptedByUserError
+
+if TYPE_CHECKING:
+    from formation.cli.client import ServerEvent
 
 # A node may be restarted while somebody watches; one that stays away for longer is worth an exit status.
 ABSENCE_S_MAX = 60.0
 
 EXAMPLES = (
-    "formation events                      everything that this node remembers",
-    "formation events -f                   what happens from now on",
-    "formation events -f --topic vm        only VMs'",
-    "formation events -o wide              also positions, and each level by itself",
-    "formation events --vm web -o jsonl    one VM's, for programs",
+    "formation events                                everything that this node remembers",
+    "formation events -f                             what happens from now on",
+    "formation events --since 10m --topic vm         only VMs', of the last ten minutes",
+    "formation events -f --record vm --node node2    what node2 says of VMs",
+    "formation events -f --since 5f0c11d2-1042       go on where another look ended",
+    "formation events -o wide                        also positions, and each level by itself",
+    "formation events --vm web -o jsonl              one VM's, for programs",
 )
-_TOPICS = Literal["node", "account", "image", "vm", "net", "value", "claim", "committee"]
 _DETAIL_KEYS = ("reason", "why", "name", "image_name", "hypervisor", "desired", "boot_ms", "pulled_bytes", "label")
 
 
 def show_events(
     cli: Cli,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens; without --since, from now.")] = False,
-    topic: Annotated[_TOPICS | None, typer.Option("--topic", help="Only this topic.")] = None,
-    trace: Annotated[str | None, typer.Option("--trace", metavar="ID", help="Only what follows from one command.")] = None,
-    object_: Annotated[str | None, typer.Option("--object", metavar="ID", help="Only about this object.")] = None,
+    since: Annotated[
+        str | None,
+        typer.Option("--since", metavar="CURSOR|TIME", help="After this event's cursor; or since 10m, or an RFC 3339 time."),
+    ] = None,
+    topic: Annotated[
+        list[str] | None,
+        typer.Option("--topic", help="Only node, account, image, vm, net, value, claim or committee; again for more."),
+    ] = None,
+    record: Annotated[
+        list[str] | None,
+        typer.Option("--record", help="Only about node, account, image, vm, value, claim, committee or cell; again for more."),
+    ] = None,
+    account: Annotated[
+        list[str] | None, typer.Option("--account", metavar="ACCOUNT", help="Only in this account's name; again for more.")
+    ] = None,
+    node: Annotated[
+        list[str] | None, typer.Option("--node", metavar="NODE", help="Only what this node wrote; again for more.")
+    ] = None,
+    level: Annotated[
+        list[str] | None, typer.Option("--level", help="Only as observed, certified or final; again for more.")
+    ] = None,
     vm: Annotated[str | None, typer.Option("--vm", metavar="VM", help="Only about this VM.")] = None,
-    since: Annotated[int | None, typer.Option("--since", metavar="POSITION", help="After this position.")] = None,
+    object_: Annotated[str | None, typer.Option("--object", metavar="ID", help="Only about this object.")] = None,
+    trace: Annotated[str | None, typer.Option("--trace", metavar="ID", help="Only what follows from one command.")] = None,
 ) -> None:
-    """Show events. With -f they come as they happen, and the stream is taken up again when the node was away."""
+    """Show events. With -f they come as they happen, and the stream is taken up again when the node was away.
+
+    What several options say must all hold. A cursor belongs to the node that gave it.
+    """
     from formation.cli.vm import find_vm
     from formation.cli.wish import node_names
 
-    if since is not None and since < 0:
-        raise UsageError(f"--since: {since} is not a position", hint="a position is the `position` of an event seen before")
     object_id = str(find_vm(cli, vm)["vm_id"]) if vm else object_
-    query = {key: value for key, value in (("topic", topic), ("trace", trace), ("object", object_id)) if value}
+    named = (("topic", topic), ("record", record), ("account", account), ("node", node), ("level", level))
+    query: dict[str, str | list[str]] = {name: values for name, values in named if values}
+    query |= {name: value for name, value in (("trace", trace), ("object", object_id)) if value}
     names = {str(row.get("vm_id")): str((row.get("spec") or {}).get("name", "")) for row in cli.client.rows("/v1/vms", "vms")}
-    show = _Lines(cli, names | node_names(cli))
+    show = _Lines(cli, names | node_names(cli), is_all=since is None and not follow)
     if not follow:
-        for event in cli.client.events(query | {"follow": "0", "since": str(since or 0)}):
+        for event in cli.client.events(query | {"follow": "0", "since": since or "0"}):
             if event is not None:
-                show.event(event.kind, event.data)
+                show.event(event)
         show.end()
         return
-    _follow(cli, query, "" if since is None else str(since), show)
+    try:
+        _follow(cli, query, since or "", show)
+    except KeyboardInterrupt as exc:
+        # Where a program or person may go on; without it what happens meanwhile would have to be looked for.
+        hint = f"go on from here: formation events -f --since {show.cursor}" if show.cursor else ""
+        raise InterruptedByUserError("interrupted", hint=hint) from exc
 
 
-def _follow(cli: Cli, query: dict[str, str], since: str, show: _Lines) -> None:
+def _follow(cli: Cli, query: Mapping[str, str | list[str]], since: str, show: _Lines) -> None:
     from formation.cli.follow import read_events
 
     absent_since_s: float | None = None
@@ -76,7 +107,7 @@ def _follow(cli: Cli, query: dict[str, str], since: str, show: _Lines) -> None:
             cli.out.remark("The node is back.")
         absent_since_s, show.was_open = None, True
         if item is not None:
-            show.event(item.kind, item.data)
+            show.event(item)
 
 
 # An event is told at each level that it reaches, with this much between them at most.
@@ -99,21 +130,32 @@ def has_happened(data: Mapping[str, Any]) -> bool:
 class _Lines:
     """Writes events in the wanted form."""
 
-    def __init__(self, cli: Cli, names: Mapping[str, str]) -> None:
+    def __init__(self, cli: Cli, names: Mapping[str, str], *, is_all: bool) -> None:
+        """Args: is_all: whether everything was asked for that the node has, so that what is older is nobody's loss."""
         self._cli = cli
+        self._is_all = is_all
         self._names = names
         self._all: list[Any] = []
         self._told: deque[tuple[Any, ...]] = deque(maxlen=TOLD_COUNT_MAX)
         self.count = 0
         self.was_open = False
+        self.cursor = ""
+        """Up to where everything was told; empty: the node has not said."""
 
-    def event(self, kind: str, data: Mapping[str, Any]) -> None:
+    def event(self, event: ServerEvent) -> None:
         """One event, at once; a list that must be closed (JSON, YAML) only grows as far as the node remembers."""
+        self.cursor = event.cursor or self.cursor
+        if not event.kind:
+            return
+        kind, data = event.kind, event.data
         self.count += 1
         out = self._cli.out
+        if kind == "gap" and (out.quiet or out.format in (Format.TABLE, Format.WIDE, Format.NAME)):
+            out.remark(gap_text(data, is_all=self._is_all))
+            return
         if kind == "gap":
-            out.remark(f"({data.get('missed', '?')} events were missed here)")
-        elif out.quiet or out.format is Format.NAME:
+            data = {"kind": "gap", **data}
+        if out.quiet or out.format is Format.NAME:
             out.line(printable(str(data.get("position", ""))))
         elif out.format is Format.YAML:
             out.line(to_yaml([data]))
@@ -131,6 +173,16 @@ class _Lines:
             self._cli.out.line(to_json(self._all))
         elif not self.count:
             self._cli.out.remark("No events.")
+
+
+def gap_text(data: Mapping[str, Any], *, is_all: bool) -> str:
+    """What cannot be told any more, and where to look instead."""
+    count, last = data.get("missed", "?"), data.get("position", "?")
+    events = "1 event" if count == 1 else f"{count} events"
+    if is_all:
+        return f"({events} before these are not kept one by one any more.)"
+    first = data.get("first_position", "?")
+    return f"Missed {events}, positions {first} to {last}; how things stand now: formation status, formation vm list"
 
 
 def event_line(data: Mapping[str, Any], names: Mapping[str, str], *, color: bool, wide: bool = False) -> str:

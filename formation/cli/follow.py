@@ -10,14 +10,14 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from formation.cli.client import Client, ServerEvent
 from formation.cli.progress import FRAME_S, Progress
 from formation.cli.watch import ABSENCE_S_MAX, Watch
-from formation.core.errors import EXIT_INTERRUPTED, FormationError, NotFoundError, UnavailableError
+from formation.core.errors import FormationError, InterruptedByUserError, NotFoundError, UnavailableError
 
 if TYPE_CHECKING:
     from formation.core.intent import SignedIntent
@@ -31,13 +31,6 @@ RETRY_DELAY_S = (0.1, 0.2, 0.5, 1.0, 1.0)
 OPEN_WAIT_S = 2.0
 # Far more than one VM's events; a reader that falls behind blocks the reading thread, nothing else.
 _QUEUE_SIZE_MAX = 1000
-
-
-class InterruptedByUserError(FormationError):
-    """Ctrl-C while the network goes on."""
-
-    code = "interrupted"
-    exit_status = EXIT_INTERRUPTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +180,12 @@ class _Follower:
 
 
 def read_events(
-    client: Client, query: dict[str, str], stopped: threading.Event, *, since: str = "", since_after_break: str = ""
+    client: Client,
+    query: Mapping[str, str | list[str]],
+    stopped: threading.Event,
+    *,
+    since: str = "",
+    since_after_break: str = "",
 ) -> Iterator[ServerEvent | FormationError | None]:
     """Events, with the stream opened again from the last position whenever it breaks.
 
@@ -195,21 +193,21 @@ def read_events(
       client: the node.
       query: filters.
       stopped: set it to end.
-      since: position to begin after; empty: now.
+      since: cursor or time to begin after; empty: now.
       since_after_break: the same where the stream broke before its first event.
 
     Yields None each time that the stream opens, and the error each time that it breaks or cannot be opened. Ends when
-    `stopped` is set, or after an error that trying again cannot mend.
+    `stopped` is set, or after an error that trying again cannot mend. Events of kind "" say only how far the node has told.
     """
     delays = _delays()
     while not stopped.is_set():
-        resumed = query | {"follow": "1"} | ({"since": since} if since else {})
+        resumed = {**query, "follow": "1", **({"since": since} if since else {})}
         try:
             for event in client.events(resumed):
                 if stopped.is_set():
                     return
-                if event is not None and event.position is not None:
-                    since = str(event.position)
+                if event is not None and event.cursor:
+                    since = event.cursor
                 delays = _delays()
                 yield event
             yield UnavailableError("the node ended the event stream", hint="is it shutting down? formation status")
@@ -228,6 +226,8 @@ def _read_events(client: Client, query: dict[str, str], messages: queue.Queue[_M
             message: _Message = _Opened()
         elif isinstance(item, FormationError):
             message = _Lost(item)
+        elif not item.kind:
+            continue
         else:
             message = item
         while not stopped.is_set():

@@ -95,6 +95,14 @@ class DecodeError(RemoteFault):
 EXIT_PENDING = 8
 EXIT_INTERRUPTED = 130
 
+
+class InterruptedByUserError(FormationError):
+    """Ctrl-C while the network goes on; says how to go on looking."""
+
+    code = "interrupted"
+    exit_status = EXIT_INTERRUPTED
+
+
 _BY_CODE: dict[str, type[FormationError]] = {
     cls.code: cls
     for cls in (

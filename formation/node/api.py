@@ -29,27 +29,26 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from formation.core.errors import (
-    FormationError,
-    HostError,
-    UsageError,
-)
+from formation.core.clock import NS_PER_MS
+from formation.core.errors import FormationError, HostError, UnavailableError, UsageError
 from formation.core.event import ImageBuilt, ImageHeld
 from formation.core.ids import check_label
 from formation.core.units import format_size
 from formation.node.attach import Attach, AttachRequest
 from formation.node.cell_api import CellApi
 from formation.node.door import INTENT_SIZE_MAX_BYTES, Door
+from formation.node.event_query import EventQuery, parse_event_query
 from formation.node.exposition import CONTENT_TYPE
 from formation.node.metrics import metrics_text
 from formation.node.peer_api import PeerApi
 from formation.node.reads import Reads
 from formation.node.state_api import REQUEST_SIZE_MAX_BYTES, Ask, Download, StateApi, StateRoute
-from formation.node.stream import KEEP_ALIVE, KEEP_ALIVE_S, Filter, sse_change, sse_gap
+from formation.node.state_reads import StateReads
+from formation.node.stream import FOLLOWER_COUNT_MAX, KEEP_ALIVE_S, STALL_TIMEOUT_S, sse_change, sse_cursor, sse_gap
 from formation.node.upload import inside, receive_context
 from formation.pack.service import BuildProgress, PackService
 from formation.state.cell_reader import CellReader
-from formation.state.service import Gap
+from formation.state.service import Cursor, Gap
 
 log = structlog.get_logger(__name__)
 
@@ -160,6 +159,7 @@ class _Api:
         self._attach = parts.attach
         self._door = parts.door
         self._builds = trio.CapacityLimiter(1)
+        self._follower_count = 0
 
     async def get_status(self, _: Request) -> Response:
         return JSONResponse(self._reads.status())
@@ -244,22 +244,41 @@ class _Api:
         await send(_json_line({"image": self._reads.image(record), "cached": built.cached}))
 
     async def get_events(self, request: Request) -> Response:
-        query = request.query_params
-        wanted = Filter(topic=query.get("topic", ""), trace_id=query.get("trace", ""), object_id=query.get("object", ""))
-        since_text = query.get("since", "") or request.headers.get("last-event-id", "")
-        since = parse_count(since_text) if since_text else None
-        if since_text and since is None:
-            raise UsageError(
-                f"since: {since_text[:40]!r} is not a position", hint="a position is the id of an event seen before"
-            )
-        follow = query.get("follow", "1") not in ("0", "false")
+        items = list(request.query_params.multi_items())
+        if not request.query_params.get("since") and (last := request.headers.get("last-event-id")):
+            items = [(name, value) for name, value in items if name != "since"] + [("since", last)]
+        reads = self._reads
+        query = parse_event_query(
+            items,
+            now_ms=reads.clock.now_ns() // NS_PER_MS,
+            find_node=StateReads(reads).find_node,
+            find_account=reads.find_account,
+        )
         # Settled before the status line: what a client does as soon as it sees that, it will be told.
-        start = self._state.status().position if since is None else since
+        start = self._start_of(query)
+        if not query.follow:
+            return _StreamResponse(partial(_send_events, reads, query=query, since=start), media_type="text/event-stream")
+        if self._follower_count >= FOLLOWER_COUNT_MAX:
+            raise UnavailableError(
+                f"{FOLLOWER_COUNT_MAX} programs follow events at this node already",
+                hint="end one, ask another node, or ask again and again with follow=0 and since",
+            )
 
         async def job(send: SendBytes) -> None:
-            await _send_events(self._reads, send, wanted=wanted, since=start, follow=follow)
+            self._follower_count += 1
+            try:
+                await _send_events(reads, send, query=query, since=start)
+            finally:
+                self._follower_count -= 1
 
         return _StreamResponse(job, media_type="text/event-stream")
+
+    def _start_of(self, query: EventQuery) -> int:
+        if query.since is not None:
+            return self._state.resume(query.since)
+        if query.since_ms is not None:
+            return self._state.position_before(query.since_ms)
+        return self._state.status().position
 
     async def get_logs(self, request: Request) -> Response:
         text = request.query_params.get("tail", "200")
@@ -315,25 +334,44 @@ def _state_route(route: StateRoute) -> Route:
     return Route(route.path, endpoint, methods=[route.method])
 
 
-async def _send_events(reads: Reads, send: SendBytes, *, wanted: Filter, since: int, follow: bool) -> None:
+async def _send_events(reads: Reads, send: SendBytes, *, query: EventQuery, since: int) -> None:
+    state, feed_id = reads.state, reads.state.feed_id
+    # Without `follow`, the feed ends at the newest change there is now.
+    end = None if query.follow else state.status().position
+    told = since
+    """Up to where everything that is wanted was handed to the server."""
+    sending = trio.Lock()
+
+    async def send_in_time(data: bytes) -> None:
+        with trio.move_on_after(STALL_TIMEOUT_S) as scope:
+            await send(data)
+        if scope.cancelled_caught:
+            raise UnavailableError(f"a follower of events read nothing for {STALL_TIMEOUT_S:.0f} s", hint="it may come back")
+
     async def keep_alive() -> None:
+        comment = "open"
         while True:
+            # Not between two events of one piece: their order is the order of cursors.
+            async with sending:
+                await send_in_time(sse_cursor(Cursor(feed_id, told), comment=comment))
+            comment = "keep-alive"
             await trio.sleep(KEEP_ALIVE_S)
-            await send(KEEP_ALIVE)
 
     async with trio.open_nursery() as nursery:
-        if follow:
+        if query.follow:
             nursery.start_soon(keep_alive)
-        # Without `follow`, the feed ends at the newest change there is now.
-        end = None if follow else reads.state.status().position
         if end is None or since < end:
-            async for item in reads.state.changes(since=since):
-                if isinstance(item, Gap):
-                    await send(sse_gap(item))
-                elif wanted.passes(item):
-                    await send(sse_change(item))
-                if end is not None and item.position >= end:
+            async for items, read_up_to in state.read_feed(since=since, wanted=query.wanted):
+                async with sending:
+                    for item in items:
+                        if end is not None and item.position > end:
+                            break
+                        await send_in_time(sse_gap(item, feed_id) if isinstance(item, Gap) else sse_change(item, feed_id))
+                    told = read_up_to
+                if end is not None and read_up_to >= end:
                     break
+        if end is not None:
+            await send_in_time(sse_cursor(Cursor(feed_id, end), comment="end"))
         nursery.cancel_scope.cancel()
 
 

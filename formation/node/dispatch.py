@@ -23,7 +23,7 @@ from formation.core.event import ImageDropped, ImageHeld, RecordKind, Topic
 from formation.core.ids import NodeId, VmId, is_vm_id
 from formation.node.health import GRACE_S
 from formation.pack.service import PackService
-from formation.state.service import Change, Gap, Level, StateService
+from formation.state.service import Change, Gap, Level, StateService, Wanted
 from formation.vmm.service import VmmService
 
 # What the owner changed; a status is the holder's own word and wakes nobody.
@@ -32,7 +32,7 @@ _CERTIFIED_VERBS = frozenset({"vm.requested", "vm.desired"})
 _FINAL_VERBS = frozenset({"vm.deleted", "vm.claimed", "claim.released", "claim.transferred"})
 _PLACEMENT_PREFIX = "placement/"
 # What carries those, and no more: a busy network's values concern no room.
-_TOPICS = frozenset({Topic.NODE, Topic.IMAGE, Topic.VM, Topic.CLAIM})
+_WANTED = Wanted(topics=frozenset({Topic.NODE, Topic.IMAGE, Topic.VM, Topic.CLAIM}))
 
 # What could not be told is tried again: images change seldom, and pulls find other holders meanwhile.
 RETRY_S = 10.0
@@ -57,7 +57,7 @@ class Dispatch:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_peers)
             nursery.start_soon(self._tell_held_images)
-            async for item in self._state.changes(topics=_TOPICS):
+            async for item in self._state.changes(wanted=_WANTED):
                 if isinstance(item, Gap):
                     # What was missed may concern any VM.
                     await self._look_at_all(only_unplaced=False)

@@ -16,7 +16,8 @@ import trio
 
 from formation import __version__
 from formation.core.clock import NS_PER_S, Clock
-from formation.core.ids import NodeId, pick_by_name_or_prefix
+from formation.core.errors import NotFoundError, UsageError
+from formation.core.ids import AccountId, NodeId, pick_by_name_or_prefix, public_key_of_account
 from formation.core.manifest import Manifest
 from formation.core.spec import ImageRecord, NodeRecord, VmPhase, VmRecord
 from formation.core.units import format_duration
@@ -215,6 +216,22 @@ class Reads:
         """
         vms = {vm.vm_id: vm for vm in self.state.view.vms()}
         return vms[pick_by_name_or_prefix(wanted, candidates=((vm.vm_id, vm.spec.name) for vm in vms.values()), what="vm")]
+
+    def find_account(self, wanted: str) -> AccountId:
+        """The account of this id, label or unique prefix of an id that made itself known; any by its whole id.
+
+        Raises:
+          NotFoundError, ConflictError: none, or several.
+        """
+        try:
+            public_key_of_account(wanted)
+        except UsageError:
+            known = ((account.account_id, account.label) for account in self.state.view.accounts())
+            try:
+                return AccountId(pick_by_name_or_prefix(wanted, candidates=known, what="account"))
+            except NotFoundError as exc:
+                raise NotFoundError(exc.message, hint="formation key list shows yours; any account by its whole id") from exc
+        return AccountId(wanted)
 
     def find_image(self, wanted: str) -> ImageRecord:
         """The image of this digest, name or unique prefix; of several builds of one name, the newest.

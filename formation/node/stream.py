@@ -1,44 +1,33 @@
 """Changes of the state as server-sent events (WHATWG HTML, section 9.2).
 
-`id` is the position in this node's change feed, so that a client resumes with `since`; a client that fell behind is
-told how much it missed by an event `gap`, and never slows the node down.
+`id` is the cursor in this node's change feed (`FEED_ID-POSITION`), with which a client resumes as `since`. It comes alone when
+the stream opens and with each keep-alive, so that a client whose filter lets little through need not look at all again. A
+client that fell behind is told how much it missed by an event `gap`, and never slows the node down.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from formation.core.clock import hlc_ms
 from formation.core.event import EVENT_BY_VERB, event_fields
-from formation.state.service import Change, Gap
+from formation.state.service import Change, Cursor, Gap
 
 KEEP_ALIVE_S = 10.0
-KEEP_ALIVE = b": keep-alive\n\n"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Filter:
-    """Which changes a follower wants; empty fields let everything through."""
-
-    topic: str = ""
-    trace_id: str = ""
-    object_id: str = ""
-
-    def passes(self, change: Change) -> bool:
-        """Whether this change is wanted."""
-        return (
-            (not self.topic or change.topic == self.topic)
-            and (not self.trace_id or change.trace_id == self.trace_id)
-            and (not self.object_id or change.object_id == self.object_id)
-        )
+# A reader that takes nothing for so long is let go: it comes back with its cursor and is told what it missed.
+STALL_TIMEOUT_S = 60.0
+# Programs and people that follow at one node; each may make us hold one piece of changes and what its socket buffers.
+FOLLOWER_COUNT_MAX = 64
 
 
-def change_json(change: Change) -> dict[str, Any]:
+def change_json(change: Change, feed_id: str) -> dict[str, Any]:
     """A change as the API shows it."""
     return {
         "position": change.position,
+        "cursor": str(Cursor(feed_id, change.position)),
         "level": change.level.value,
         "verb": change.verb,
         "topic": change.topic.value,
@@ -65,15 +54,30 @@ def json_fields(value: Any) -> Any:
     return value
 
 
-def sse_change(change: Change) -> bytes:
+def sse_change(change: Change, feed_id: str) -> bytes:
     """One change as a server-sent event."""
-    data = json.dumps(change_json(change), separators=(",", ":"))
+    data = json.dumps(change_json(change, feed_id), separators=(",", ":"))
     # A void operation's verb is whatever a peer wrote, line ends and all; in the data it stands quoted.
     name = change.verb if change.verb in EVENT_BY_VERB else "void"
-    return f"id: {change.position}\nevent: {name}\ndata: {data}\n\n".encode()
+    return f"id: {Cursor(feed_id, change.position)}\nevent: {name}\ndata: {data}\n\n".encode()
 
 
-def sse_gap(gap: Gap) -> bytes:
-    """What a follower missed."""
-    data = json.dumps({"missed": gap.missed_count, "position": gap.position})
-    return f"id: {gap.position}\nevent: gap\ndata: {data}\n\n".encode()
+def gap_json(gap: Gap, feed_id: str) -> dict[str, Any]:
+    """What a follower missed, as the API shows it."""
+    return {
+        "missed": gap.missed_count,
+        "first_position": gap.first_position,
+        "position": gap.position,
+        "cursor": str(Cursor(feed_id, gap.position)),
+    }
+
+
+def sse_gap(gap: Gap, feed_id: str) -> bytes:
+    """What a follower missed, as a server-sent event."""
+    data = json.dumps(gap_json(gap, feed_id), separators=(",", ":"))
+    return f"id: {Cursor(feed_id, gap.position)}\nevent: gap\ndata: {data}\n\n".encode()
+
+
+def sse_cursor(cursor: Cursor, *, comment: str = "keep-alive") -> bytes:
+    """A sign of life, and up to where everything has been told."""
+    return f": {comment}\nid: {cursor}\n\n".encode()

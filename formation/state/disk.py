@@ -1,6 +1,7 @@
 """The real State Store: a segment log for the journal, SQLite for what is checkpointed.
 
     state/lock                  flock of the process that has it open
+    state/feed                  8 hex digits, chosen anew with each new journal: whose positions are whose
     state/journal/*.log         segments.py, segment_frames.py: every commit since the last checkpoint
     state/state.db              sqlite.py: buckets, meta, and which generation of the journal counts
 
@@ -28,18 +29,24 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
 from formation.core.errors import HostError
+from formation.core.files import replace_durably
 from formation.state.disk_files import Files, host_error
+from formation.state.feed import FEED_ID_LENGTH
 from formation.state.segments import SEGMENT_SIZE_BYTES, SegmentLog
 from formation.state.sqlite import SqliteView, WriteUnknownError, old_release
 from formation.state.store import Loaded, Record
 
 NETWORK_ID_SIZE_BYTES = 32
 _FOLDER_MODE = 0o700
+_FEED_ID = re.compile(rf"[0-9a-f]{{{FEED_ID_LENGTH}}}")
+_FEED_ID_LINE_LENGTH_MAX = 64
 
 
 class DiskStore:
@@ -65,6 +72,7 @@ class DiskStore:
         self._view = view or SqliteView(folder / "state.db")
         self._log = SegmentLog(folder / "journal", self._files, segment_size_bytes=segment_size_bytes)
         self._lock_fd: int | None = None
+        self._feed_id = ""
         self._notes: tuple[str, ...] = ()
         # Between readers in other threads and the moment at which a commit or checkpoint shows.
         self._guard = Lock()
@@ -81,7 +89,10 @@ class DiskStore:
             notes = self._view.open(network_id)
             if self._view.generation:
                 notes += self._log.open(network_id, self._view.generation, self._view.frame_count)
+                self._feed_id = self._read_feed_id() or self._make_feed_id()
             else:
+                # Before the journal: what was counted in another must not be taken for what is counted here.
+                self._feed_id = self._make_feed_id()
                 self._view.write(self._log.create(network_id).number, 0, b"", {})
             self._files.sync_folder(self._folder)
         except OSError as exc:
@@ -112,6 +123,24 @@ class DiskStore:
             os.close(fd)
             raise
         self._lock_fd = fd
+
+    def _read_feed_id(self) -> str:
+        try:
+            text = (self._folder / "feed").read_bytes()[:_FEED_ID_LINE_LENGTH_MAX].decode("ascii", "replace").strip()
+        except FileNotFoundError:
+            return ""
+        # A damaged one is made anew: its readers are told that their positions are another feed's, which harms nobody.
+        return text if _FEED_ID.fullmatch(text) else ""
+
+    def _make_feed_id(self) -> str:
+        feed_id = secrets.token_hex(FEED_ID_LENGTH // 2)
+        replace_durably(self._folder / "feed", f"{feed_id}\n".encode(), mode=0o600)
+        return feed_id
+
+    @property
+    def feed_id(self) -> str:
+        """See Store."""
+        return self._feed_id
 
     def load(self) -> Loaded:
         """See Store."""

@@ -68,7 +68,7 @@ from formation.state.effects import (
     Tick,
     WakeAt,
 )
-from formation.state.feed import Change, Feed, Gap, Level, Row
+from formation.state.feed import EVERYTHING, Change, Cursor, Feed, Gap, Level, Row, Wanted
 from formation.state.fold import NO_SUCH_OBJECT
 from formation.state.gossip import TOPICS, Outbox, topic_name
 from formation.state.joining import Snapshot
@@ -95,7 +95,19 @@ CLOCK_SKEW_MS = 500
 
 _logger = structlog.get_logger(__name__)
 
-__all__ = ["Change", "Gap", "Level", "StateService", "StateStatus", "Token", "View", "VoterStatus", "WriteRequest"]
+__all__ = [
+    "Change",
+    "Cursor",
+    "Gap",
+    "Level",
+    "StateService",
+    "StateStatus",
+    "Token",
+    "View",
+    "VoterStatus",
+    "Wanted",
+    "WriteRequest",
+]
 
 
 @dataclass(slots=True, eq=False)
@@ -418,23 +430,56 @@ class StateService:
 
     # ── reads ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def changes(self, *, since: int | None = None, topics: frozenset[Topic] | None = None) -> AsyncIterator[Change | Gap]:
+    async def changes(self, *, since: int | None = None, wanted: Wanted = EVERYTHING) -> AsyncIterator[Change | Gap]:
         """Changes behind position `since`, then each new one, for ever; None: new ones only.
 
         Args:
-          topics: of interest; what is of others is passed over at no cost. None: all.
+          wanted: of interest; what else there is is passed over.
 
         A reader that falls behind the window gets one Gap that says how much it missed, and goes on.
         """
-        position = self._feed.last_position if since is None else max(0, since)
-        while True:
-            fed = self._fed
-            items, read_up_to = self._feed.read(position, count_max=CHANGE_COUNT_MAX, topics=topics)
-            if read_up_to == position:
-                await fed.wait()
+        async for items, _ in self.read_feed(since=self._feed.last_position if since is None else since, wanted=wanted):
             for item in items:
                 yield item
+
+    async def read_feed(
+        self, *, since: int, wanted: Wanted = EVERYTHING
+    ) -> AsyncIterator[tuple[tuple[Change | Gap, ...], int]]:
+        """As `changes`, in pieces as they are there, each with the position up to which it tells all that is wanted."""
+        position = max(0, since)
+        while True:
+            fed = self._fed
+            items, read_up_to = self._feed.read(position, count_max=CHANGE_COUNT_MAX, wanted=wanted)
+            if read_up_to == position:
+                await fed.wait()
+                continue
+            # Also where nothing was found: a long search must not keep others waiting.
+            await trio.lowlevel.checkpoint()
+            yield items, read_up_to
             position = read_up_to
+
+    @property
+    def feed_id(self) -> str:
+        """Of this node's positions; 8 hex digits."""
+        return self._store.feed_id
+
+    def resume(self, cursor: Cursor) -> int:
+        """The position of a cursor, if it is one of this node's feed.
+
+        Raises:
+          ConflictError: it is another's, or ahead of everything that happened.
+        """
+        hint = "positions belong to one node and end with its state folder; leave --since out, or give a time: --since 10m"
+        if cursor.feed_id and cursor.feed_id != self.feed_id:
+            raise ConflictError(f"position {cursor} is not this node's, whose positions begin with {self.feed_id}", hint=hint)
+        if cursor.position > self._feed.last_position:
+            newest = Cursor(self.feed_id, self._feed.last_position)
+            raise ConflictError(f"position {cursor} is ahead of this node's newest, {newest}", hint=hint)
+        return cursor.position
+
+    def position_before(self, at_ms: int) -> int:
+        """The position behind which everything of this time (milliseconds since the epoch) and later is told."""
+        return self._feed.position_before(at_ms)
 
     def status(self) -> StateStatus:
         """Figures for people and monitors."""

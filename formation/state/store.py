@@ -68,7 +68,7 @@ class Store(Protocol):
     """Blocking calls; for threads see rule 4 of the module."""
 
     def open(self, network_id: bytes) -> None:
-        """Take the store for this process and this network; repair what a crash left.
+        """Take the store for this process and this network; repair what a crash left. From then on it has a `feed_id`.
 
         Args:
           network_id: 32 bytes; a new store keeps it.
@@ -77,6 +77,11 @@ class Store(Protocol):
           HostError: locked by another process, damaged, or not writable; says which file and what to do.
           UsageError: it belongs to another network.
         """
+        ...
+
+    @property
+    def feed_id(self) -> str:
+        """8 hex digits, chosen at random when the store was made: positions counted in it are no others' (`feed`)."""
         ...
 
     def load(self) -> Loaded:
@@ -182,6 +187,7 @@ class MemoryDisk:
     """
 
     network_id: bytes = b""
+    feed_id: str = "0a0a0a0a"
     holder: MemoryStore | None = None
     """The store that has it open."""
     meta: bytes = b""
@@ -269,6 +275,11 @@ class MemoryStore:
             raise UsageError("the store belongs to another network", hint="give this network its own --data-dir")
         self._disk.network_id, self._disk.holder = network_id, self
         self._disk.staged, self._disk.staged_for = {}, 0
+
+    @property
+    def feed_id(self) -> str:
+        """See Store."""
+        return self._disk.feed_id
 
     def load(self) -> Loaded:
         """See Store."""

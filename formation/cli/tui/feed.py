@@ -126,7 +126,7 @@ class Feed:
     def _listen(self) -> None:
         # From the node's whole memory at first: what happened before `top` was started is of interest too.
         for item in read_events(self._client, {}, self._stopped, since="0"):
-            if item is not None and not isinstance(item, FormationError) and item.kind != "gap":
+            if item is not None and not isinstance(item, FormationError) and item.kind not in ("", "gap"):
                 self._put(Happened(item.data))
 
     def _follow_log(self, vm_id: str) -> None:

@@ -47,6 +47,7 @@ from formation.core.ids import (
     vm_id_of,
 )
 from formation.core.intent import SignedIntent, check_intent, parse_intent
+from formation.node.event_query import parse_event_query
 
 NETWORK_ID = NetworkId(b"\x07" * 32)
 NODE_1 = "12D3KooWAaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa1"
@@ -501,6 +502,8 @@ class _Handler(BaseHTTPRequestHandler):
             case ["images", wanted]:
                 self._json(node.find_image(wanted))
             case ["events"]:
+                # As the node reads it: what it refuses is refused here.
+                parse_event_query(query.items(), now_ms=0, find_node=str, find_account=str)
                 self._stream(self._events(query), "text/event-stream")
             case ["accounts", account_id]:
                 self._json(node.accounts.shown(account_id))

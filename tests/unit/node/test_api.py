@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,11 +33,11 @@ from formation.node.api import (
     only_formation_error,
 )
 from formation.node.door import EFFECT_TIMEOUT_S, INTENT_SIZE_MAX_BYTES
-from formation.node.stream import KEEP_ALIVE, KEEP_ALIVE_S
+from formation.node.stream import FOLLOWER_COUNT_MAX, KEEP_ALIVE_S, STALL_TIMEOUT_S
 from formation.pack.service import BuildProgress, PackService
 from formation.state.feed import Feed, Level
 from formation.vmm.service import VmmService
-from tests.unit.node.asgi import Answer, Client
+from tests.unit.node.asgi import Answer, Call, Client
 from tests.unit.node.nodes import (
     NO_IMAGE,
     OTHER,
@@ -599,8 +601,10 @@ def events(body: bytes) -> list[tuple[int, str, dict[str, Any]]]:
     found = []
     for block in body.decode().split("\n\n"):
         fields = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
-        if fields:
-            found.append((int(fields["id"]), fields["event"], json.loads(fields["data"])))
+        if "data" in fields:
+            feed_id, position = fields["id"].split("-")
+            assert feed_id == "0a0a0a0a"
+            found.append((int(position), fields["event"], json.loads(fields["data"])))
     return found
 
 
@@ -616,7 +620,7 @@ async def test_events_so_far_and_no_further(tmp_path: Path, jumping_clock: Clock
         assert [position for position, _, _ in told] == list(range(1, nodes[0].state.status().position + 1))
         assert {"node.advertised", "image.built", "vm.requested", "vm.ready"} <= {verb for _, verb, _ in told}
         assert all(data["position"] == position and data["verb"] == verb for position, verb, data in told)
-        for query in ("follow=0", f"since={told[-1][0]}&follow=0", f"since={10**17}&follow=false"):
+        for query in ("follow=0", f"since={told[-1][0]}&follow=0", f"since={told[-1][0]}&follow=false"):
             assert events((await client.get("/v1/events", query)).body) == []
         resumed = events((await client.get("/v1/events", f"since={told[4][0]}&follow=0")).body)
         assert resumed == told[5:]
@@ -626,6 +630,10 @@ async def test_events_so_far_and_no_further(tmp_path: Path, jumping_clock: Clock
             ("topic=image", lambda data: data["topic"] == "image"),
             (f"trace={trace}", lambda data: data["trace_id"] == trace),
             (f"object={vm_id}&topic=net", lambda data: data["object_id"] == vm_id and data["topic"] == "net"),
+            ("topic=image&topic=net", lambda data: data["topic"] in ("image", "net")),
+            ("record=vm&level=final", lambda data: data["record"] == "vm" and data["level"] == "final"),
+            (f"account={USER.account_id}", lambda data: data["account"] == USER.account_id),
+            ("node=n0&topic=node", lambda data: data["topic"] == "node"),
         )
         for query, passes in filters:
             wanted = [event for event in told if passes(event[2])]
@@ -647,7 +655,7 @@ async def test_events_are_followed_from_the_moment_of_asking(tmp_path: Path, jum
         async with nodes.client().open("GET", "/v1/events") as call:
             await call.started()
             await nodes[0].state.append_event(_advertised("other"), nodes[0].key.node_id)
-            first = await call.until(b"\n\n")
+            first = await call.until(b"event: ")
             assert b"event: node.advertised" in first
         assert call.answer.raised is None
 
@@ -655,10 +663,15 @@ async def test_events_are_followed_from_the_moment_of_asking(tmp_path: Path, jum
 async def test_a_quiet_stream_is_kept_alive_and_ends_with_its_client(tmp_path: Path, jumping_clock: Clock) -> None:
     """A comment every ten seconds, so that nobody takes silence for death; HEAD is no way to stay for ever either."""
     async with running(tmp_path) as nodes:
+        await trio.sleep(5)
         async with nodes.client().open("GET", "/v1/events", "topic=account") as call:
-            began = trio.current_time()
-            assert await call.piece() == KEEP_ALIVE
-            assert await call.piece() == KEEP_ALIVE
+            began, position = trio.current_time(), nodes[0].state.status().position
+            assert await call.piece() == b": open\nid: 0a0a0a0a-%d\n\n" % position
+            assert await call.piece() == b": keep-alive\nid: 0a0a0a0a-%d\n\n" % position
+            await nodes[0].state.append_event(_advertised("other"), nodes[0].key.node_id)
+            await eventually(lambda: nodes[0].state.status().position > position)
+            # What its filter held back need not be looked at again.
+            assert await call.piece() == b": keep-alive\nid: 0a0a0a0a-%d\n\n" % nodes[0].state.status().position
             assert trio.current_time() - began == pytest.approx(2 * KEEP_ALIVE_S, abs=1)
         async with nodes.client().open("HEAD", "/v1/events") as call:
             await call.started()
@@ -677,10 +690,100 @@ async def test_a_client_that_missed_changes_is_told_how_many(tmp_path: Path, jum
         missed = told[0][0]
         # What reached a level at once is kept or forgotten together.
         assert missed in range(newest - 3, newest)
-        assert told[0] == (missed, "gap", {"missed": missed, "position": missed})
+        gap = {"missed": missed, "first_position": 1, "position": missed, "cursor": f"0a0a0a0a-{missed}"}
+        assert told[0] == (missed, "gap", gap)
         assert [position for position, _, _ in told[1:]] == list(range(missed + 1, newest + 1))
         filtered = events((await nodes.client().get("/v1/events", "since=0&follow=0&topic=account")).body)
         assert [verb for _, verb, _ in filtered] == ["gap"]
+
+
+@pytest.mark.parametrize(
+    ("query", "expected", "near"),
+    [
+        ("topic=vmm", (400, "usage"), "did you mean vm?"),
+        ("record=images", (400, "usage"), "did you mean image?"),
+        ("level=finale", (400, "usage"), "did you mean final?"),
+        ("topics=vm", (400, "usage"), "did you mean topic?"),
+        ("object=a&object=b", (400, "usage"), ""),
+        ("topic=vm&" * 33, (400, "usage"), ""),
+        ("trace=" + "a" * 257, (400, "usage"), ""),
+        ("node=n7", (404, "not_found"), "formation status"),
+        ("account=nobody", (404, "not_found"), "whole id"),
+        ("since=2026-01-31T12:00:00", (400, "usage"), "12:00:00Z"),
+        ("since=5f0c11d2-1", (409, "conflict"), "--since 10m"),
+        ("since=0a0a0a0a-99999", (409, "conflict"), "--since 10m"),
+        ("since=99999", (409, "conflict"), "--since 10m"),
+    ],
+)
+async def test_a_filter_that_is_none_is_refused_by_name(
+    query: str, expected: tuple[int, str], near: str, tmp_path: Path, jumping_clock: Clock
+) -> None:
+    """One that is passed over in silence would show what nobody asked for; so would another node's position."""
+    async with running(tmp_path) as nodes:
+        answer = await nodes.client().get("/v1/events", query.rstrip("&"))
+        assert answer.error() == expected
+        assert near in answer.json()["error"]["hint"]
+
+
+async def test_events_since_a_time(tmp_path: Path, jumping_clock: Clock) -> None:
+    """A duration counts back from the node's clock; a time with its zone says the same."""
+    async with running(tmp_path) as nodes:
+        await nodes.boot()
+        before = nodes[0].state.status().position
+        await trio.sleep(100)
+        at_ms = now_ms()
+        await nodes[0].state.append_event(_advertised("other"), nodes[0].key.node_id, level=Level.CERTIFIED)
+        text = datetime.fromtimestamp(at_ms / 1000, UTC).isoformat().replace("+00:00", "Z")
+        for since in ("50s", text):
+            told = events((await nodes.client().get("/v1/events", f"since={since}&follow=0&topic=node")).body)
+            assert {data["fields"]["name"] for _, _, data in told} == {"other"}
+            assert all(position > before for position, _, _ in told)
+
+
+async def test_so_many_may_follow(tmp_path: Path, jumping_clock: Clock) -> None:
+    """One more is told so, with what to do; a place is free again as soon as somebody goes."""
+    async with running(tmp_path) as nodes:
+        client = nodes.client()
+        async with AsyncExitStack() as stack:
+            for _ in range(FOLLOWER_COUNT_MAX):
+                call = await stack.enter_async_context(client.open("GET", "/v1/events"))
+                await call.piece()
+            assert (await client.get("/v1/events")).error() == (503, "unavailable")
+            assert (await client.get("/v1/events", "follow=0&since=0")).status == 200
+        async with client.open("GET", "/v1/events") as call:
+            assert await call.piece()
+
+
+async def test_a_follower_that_reads_nothing_is_let_go(tmp_path: Path, jumping_clock: Clock) -> None:
+    """Nobody waits for it, and its place is free after a while; the body has no end, so it knows that it missed something."""
+    async with running(tmp_path) as nodes:
+        node = nodes[0]
+        app = make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells))
+        scope = Call(app, "GET", "/v1/events", query="", headers=(), chunks=[])._scope
+        took: list[bytes] = []
+        gone = trio.Event()
+
+        async def receive() -> Any:
+            await trio.sleep_forever()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                took.append(message["body"])
+                await trio.sleep_forever()
+
+        async def call() -> None:
+            await app(scope, receive, send)
+            gone.set()
+
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await eventually(lambda: bool(took))
+            await nodes[0].state.append_event(_advertised("other"), nodes[0].key.node_id, level=Level.CERTIFIED)
+            with trio.fail_after(2 * STALL_TIMEOUT_S):
+                await gone.wait()
+        assert trio.current_time() - began == pytest.approx(STALL_TIMEOUT_S, abs=1)
+        assert len(took) <= 2
 
 
 def _advertised(name: str) -> NodeAdvertised:
