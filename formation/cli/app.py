@@ -78,7 +78,7 @@ def _add_commands(app: typer.Typer) -> None:
     command(app, "create", examples=CREATE_EXAMPLES, aliases=("launch", "run"))(create_vm)
     command(app, "ps", examples=vm.LIST_EXAMPLES)(vm.list_vms)
     command(app, "logs", examples=vm.LOGS_EXAMPLES, output=False)(vm.show_logs)
-    command(app, "status", examples=STATUS_EXAMPLES)(show_status)
+    command(app, "status", examples=STATUS_EXAMPLES, forwarded=True)(show_status)
     command(app, "events", examples=EVENTS_EXAMPLES)(show_events)
     command(app, "top", examples=("formation top     q leaves, ? shows the keys",), output=False)(_top)
     app.add_typer(vm.group, name="vm")

@@ -10,7 +10,7 @@ import http.client
 import json
 import socket
 from base64 import urlsafe_b64encode
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,8 @@ from formation.core.errors import DeniedError, FormationError, UnavailableError,
 ANSWER_TIMEOUT_S = 10.0
 # The node answers a wish when it is certified, or gives up by itself well before this.
 INTENT_TIMEOUT_S = 60.0
+# The node gives another one 25 s.
+FORWARDED_TIMEOUT_S = 30.0
 # The node sends a keep-alive comment every 10 s; three missed ones mean that it is gone.
 STREAM_TIMEOUT_S = 30.0
 # Answers are lists of records, at most a few hundred bytes each; a node has at most thousands.
@@ -63,6 +65,20 @@ class Client:
         self._token = token
         self._timeout_s = timeout_s
         self._address = _parse_host(host)
+        self._prefix = ""
+        self._permit = b""
+
+    def at_node(self, node_id: str, make_permit: Callable[[str], bytes]) -> Client:
+        """The API of another node, asked through this one.
+
+        Args:
+          node_id: the other one's.
+          make_permit: signs the leave that it wants to see; for the id.
+        """
+        other = Client(self.host, token=self._token, timeout_s=FORWARDED_TIMEOUT_S)
+        other._prefix = f"/v1/nodes/{segment(node_id)}/api"
+        other._permit = make_permit(node_id)
+        return other
 
     def get(self, path: str, query: Mapping[str, str] | None = None, *, timeout_s: float | None = None) -> Any:
         """The JSON answer to a GET.
@@ -163,12 +179,16 @@ class Client:
         sent = {"Accept": "*/*", **(headers or {})}
         if self._token:
             sent["Authorization"] = f"Bearer {self._token}"
+        if self._permit:
+            sent["Formation-Permit"] = urlsafe_b64encode(self._permit).decode()
         connection = _Connection(self._address, timeout_s)
         try:
             with _mapped_errors(self.host):
                 connection.connect()
                 try:
-                    connection.request(method, url, body=body, headers=sent, encode_chunked="Transfer-Encoding" in sent)
+                    connection.request(
+                        method, self._prefix + url, body=body, headers=sent, encode_chunked="Transfer-Encoding" in sent
+                    )
                 except (BrokenPipeError, ConnectionResetError):
                     # A node that refuses a long body answers before it has read it: its answer is worth reading.
                     pass

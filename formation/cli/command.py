@@ -42,6 +42,11 @@ _COMMON: tuple[tuple[str, Any, Any], ...] = (
     ("color", Color, "auto"),
     ("debug", Debug, False),
 )
+On = Annotated[
+    str | None,
+    typer.Option("--on", metavar="NODE", help="Ask this node, through the one that answers here; its operators may."),
+]
+_FORWARDED: tuple[tuple[str, Any, Any], ...] = (("on", On, None),)
 _OUTPUT: tuple[tuple[str, Any, Any], ...] = (
     ("output", Output, None),
     ("json_", Json, False),
@@ -71,6 +76,7 @@ def command(
     hidden: bool = False,
     output: bool = True,
     common: bool = True,
+    forwarded: bool = False,
 ) -> Callable[[F], F]:
     """Register a function as a command.
 
@@ -82,10 +88,16 @@ def command(
       hidden: whether help leaves it out.
       output: whether it has a result, and so the output options.
       common: whether it talks to a node, and so the connection options.
+      forwarded: whether it reads what each node alone can tell, and so may be asked of another node through this one.
     """
 
     def register(function: F) -> F:
-        shown = _with_options(function, (*(_COMMON if common else _COMMON[1:]), *(_OUTPUT if output else ())))
+        added = (
+            *(_FORWARDED if forwarded else ()),
+            *(_COMMON if common else _COMMON[1:]),
+            *(_OUTPUT if output else ()),
+        )
+        shown = _with_options(function, added)
         epilog = "Examples:\n\n\b\n" + "\n".join(f"  {line}" for line in examples)
         group.command(name, epilog=epilog, hidden=hidden, cls=PlainCommand, context_settings=HELP_NAMES)(shown)
         for alias in aliases:
@@ -105,7 +117,7 @@ def _with_options(function: Callable[..., Any], options: Sequence[tuple[str, Any
 
     @wraps(function)
     def call(**values: Any) -> Any:
-        given = {name: values.pop(name, None) for name, _, _ in (*_COMMON, *_OUTPUT)}
+        given = {name: values.pop(name, None) for name, _, _ in (*_FORWARDED, *_COMMON, *_OUTPUT)}
         return function(_cli_of(given), **values)
 
     del call.__dict__["__wrapped__"]
@@ -119,6 +131,7 @@ def _cli_of(given: dict[str, Any]) -> Cli:
     format_ = Format.JSON if given["json_"] else given["output"] or Format.TABLE
     return Cli(
         host=given["host"],
+        on=given["on"] or "",
         config=given["config"],
         format=Format(format_),
         quiet=bool(given["quiet"]),

@@ -25,6 +25,8 @@ class Cli:
     """One invocation of the command line."""
 
     host: str | None = None
+    on: str = ""
+    """Another node whose API is wanted; empty: the one that answers."""
     config: Path | None = None
     format: Format = Format.TABLE
     quiet: bool = False
@@ -56,7 +58,33 @@ class Cli:
 
     @cached_property
     def client(self) -> Client:
-        """The node's API."""
+        """The API of the node that is wanted: of the one that answers, or through it of the one that `on` names.
+
+        Raises:
+          NotFoundError, ConflictError: no node, or several, are called so.
+        """
+        return self.own_client.at_node(self._node_id(), self._permit) if self.on else self.own_client
+
+    def _node_id(self) -> str:
+        from formation.core.errors import UsageError as NoIdError
+        from formation.core.ids import pick_by_name_or_prefix, public_key_of_node
+
+        try:
+            public_key_of_node(self.on)
+        except NoIdError:
+            nodes = self.own_client.rows("/v1/nodes", "nodes")
+            known = [(str(node.get("node_id", "")), str(node.get("name", ""))) for node in nodes]
+            return pick_by_name_or_prefix(self.on, candidates=known, what="peer")
+        return self.on
+
+    def _permit(self, node_id: str) -> bytes:
+        from formation.cli.wish import make_read_permit
+
+        return make_read_permit(self, node_id)
+
+    @cached_property
+    def own_client(self) -> Client:
+        """The API of the node that answers."""
         from formation.cli.client import Client
 
         host = self.setting("client.host")

@@ -40,8 +40,9 @@ SHOW_FIELDS = (
 @command(
     group,
     "list",
-    examples=("formation peer list", "formation peer list -o wide", "formation peer list -o json"),
+    examples=("formation peer list", "formation peer list -o wide", "formation peer list --on node2"),
     aliases=("ls",),
+    forwarded=True,
 )
 def list_peers(cli: Cli) -> None:
     """Show known and connected peers, and those that something is held against."""
@@ -52,7 +53,7 @@ def list_peers(cli: Cli) -> None:
         cli.out.hint(f"{connected_count} of {len(peers)} connected.")
 
 
-@command(group, "show", examples=("formation peer show node2", "formation peer show 12D3KooW… -o json"))
+@command(group, "show", examples=("formation peer show node2", "formation peer show 12D3KooW… -o json"), forwarded=True)
 def show_peer(cli: Cli, peer: Peer) -> None:
     """Show where a peer is, and how it stands."""
     cli.out.record(cli.client.get(f"/v1/peers/{_segment(peer)}"), SHOW_FIELDS, name="node_id")
@@ -83,7 +84,7 @@ def unban_peer(cli: Cli, peer: Peer) -> None:
         cli.out.hint(f"It is still not let in: {_let_in(freed)}")
 
 
-@command(group, "ping", examples=("formation peer ping node2", "formation peer ping node2 --count 10 -o json"))
+@command(group, "ping", examples=("formation peer ping node2", "formation peer ping node3 --on node2"), forwarded=True)
 def ping_peer(
     cli: Cli, peer: Peer, count: Annotated[int, typer.Option("--count", "-n", metavar="COUNT", help="How often.")] = 3
 ) -> None:

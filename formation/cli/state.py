@@ -62,7 +62,10 @@ EVIDENCE_FIELDS = (
 
 
 @command(
-    group, "status", examples=("formation state status", "formation state status -o wide", "formation state status -o json")
+    group,
+    "status",
+    examples=("formation state status", "formation state status -o wide", "formation state status --on node2"),
+    forwarded=True,
 )
 def show_state(cli: Cli) -> None:
     """Show lanes and their lags, the spine, voters, bans, the checkpoint and the disk."""

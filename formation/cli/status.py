@@ -9,7 +9,7 @@ from formation.cli.context import Cli
 from formation.cli.output import PHASE_STYLES, Column, Format, Row, paint, printable
 from formation.core.units import MIB, format_duration, format_size
 
-EXAMPLES = ("formation status", "formation status -o json", "formation --version")
+EXAMPLES = ("formation status", "formation status --on node2", "formation status -o json")
 
 
 def show_status(cli: Cli) -> None:

@@ -19,6 +19,8 @@ _NETWORK_ID_SIZE_BYTES = 32
 _MS_PER_S = 1000
 # What the holder of a VM asks for before it shows a log or a console to another node.
 _PERMIT_VERB = "vm.attach"
+# What a node asks for before it shows its status to another.
+_READ_VERB = "node.read"
 _EMPTY_MAP = b"\xa0"
 
 
@@ -38,6 +40,14 @@ def make_permit(cli: Cli, vm_id: str) -> bytes:
     """
     try:
         return _sign(cli, verb=_PERMIT_VERB, body=_EMPTY_MAP, object_id=vm_id).signed.raw
+    except (NotFoundError, UsageError):
+        return b""
+
+
+def make_read_permit(cli: Cli, node_id: str) -> bytes:
+    """The account's signed wish to read another node's status; empty without a usable key, and then that node says why not."""
+    try:
+        return _sign(cli, verb=_READ_VERB, body=_EMPTY_MAP, object_id=node_id).signed.raw
     except (NotFoundError, UsageError):
         return b""
 
@@ -68,7 +78,7 @@ def _sign(cli: Cli, *, verb: str, body: bytes, object_id: str, signer: Signer | 
 
     signer = signer or Keystore(cli.path("client.account_key")).signer()
     key = signer.key
-    network_id = NetworkId(_network_id(cli.client.get("/v1/status"), cli.client.host))
+    network_id = NetworkId(_network_id(cli.own_client.get("/v1/status"), cli.own_client.host))
     now_ms = int(time.time() * _MS_PER_S)
     intent = Intent(
         account=signer.account_key,

@@ -48,6 +48,9 @@ SETTINGS: dict[str, Setting] = {
     "node.deny_peers": Setting(list, "ids of nodes that are not let in", may_be_empty=True),
     "node.network_key": Setting(str, "file with the key of a private network; empty: anybody may connect"),
     "node.security": Setting(str, "what secures connections; both: noise, else tls", choices=("noise", "tls", "both")),
+    "node.operators": Setting(
+        list, "accounts that may read this node's status, peers and metrics through other nodes", may_be_empty=True
+    ),
     "node.public_address": Setting(str, "host or IP at which published ports are reached"),
     "node.api_socket": Setting(str, "unix socket of the HTTP API"),
     "node.api_tcp": Setting(str, "HOST:PORT of the HTTP API as well; empty: none"),
@@ -105,6 +108,7 @@ def default_values(env: Mapping[str, str], *, is_root: bool) -> dict[str, Any]:
         "node.deny_peers": [],
         "node.network_key": "",
         "node.security": "noise",
+        "node.operators": [],
         "node.public_address": "127.0.0.1",
         "node.api_socket": str(socket),
         "node.api_tcp": "",

@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
 import structlog
 import trio
 from starlette.applications import Starlette
@@ -32,13 +33,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from formation.core.clock import NS_PER_MS
 from formation.core.errors import FormationError, HostError, UnavailableError, UsageError
 from formation.core.event import ImageBuilt, ImageHeld
-from formation.core.ids import check_label
+from formation.core.ids import NodeId, check_label
 from formation.core.units import format_size
 from formation.node.attach import Attach, AttachRequest
 from formation.node.cell_api import CellApi
 from formation.node.door import INTENT_SIZE_MAX_BYTES, Door
 from formation.node.event_query import EventQuery, parse_event_query
 from formation.node.exposition import CONTENT_TYPE
+from formation.node.forward import ApiAnswer, ApiRequest, Begin, Forward
+from formation.node.forward import Send as ForwardSend
 from formation.node.metrics import metrics_text
 from formation.node.peer_api import PeerApi
 from formation.node.reads import Reads
@@ -88,16 +91,18 @@ class ApiParts:
     attach: Attach
     door: Door
     cells: CellReader
+    forward: Forward
 
 
 def make_api(parts: ApiParts) -> Application:
     """The application; the same for unix socket and TCP."""
     api = _Api(parts)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/metrics", api.get_metrics),
             Route("/v1/status", api.get_status),
             Route("/v1/nodes", api.get_nodes),
+            Route("/v1/nodes/{ref}/api/{path:path}", api.forward, methods=["GET", "POST"]),
             Route("/v1/accounts", api.get_accounts),
             Route("/v1/images", api.get_images),
             Route("/v1/images/build", api.build_image, methods=["POST"]),
@@ -121,6 +126,45 @@ def make_api(parts: ApiParts) -> Application:
             Exception: _internal_error,
         },
     )
+    parts.forward.serve_with(partial(_serve_inside, app))
+    return app
+
+
+async def _serve_inside(app: ASGIApp, method: str, path: str, query: str, begin: Begin, send: ForwardSend) -> None:
+    """Answer another node's request with this application, as one that came over TCP."""
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "root_path": "",
+        "headers": [],
+        "client": None,
+        "server": None,
+        _OVER_TCP: True,
+    }
+    is_read = False
+
+    async def receive() -> Any:
+        nonlocal is_read
+        if is_read:
+            # The asker's going cancels all of this.
+            await trio.sleep_forever()
+        is_read = True
+        return {"type": "http.request", "body": b"{}" if method == "POST" else b"", "more_body": False}
+
+    async def take(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            headers = {bytes(name).lower(): bytes(value).decode("latin-1") for name, value in message.get("headers", ())}
+            await begin(message["status"], headers.get(b"content-type", "application/json"))
+        else:
+            await send(message.get("body", b""))
+
+    await app(scope, receive, take)
 
 
 def error_json(error: FormationError) -> dict[str, Any]:
@@ -158,6 +202,7 @@ class _Api:
         self._pack = parts.pack
         self._attach = parts.attach
         self._door = parts.door
+        self._forward = parts.forward
         self._builds = trio.CapacityLimiter(1)
         self._follower_count = 0
 
@@ -169,6 +214,35 @@ class _Api:
 
     async def get_nodes(self, _: Request) -> Response:
         return JSONResponse([self._reads.node(record) for record in self._state.view.nodes()])
+
+    async def forward(self, request: Request) -> Response:
+        """What another node alone can tell, with its operator's permit."""
+        node_id = StateReads(self._reads).find_node(request.path_params["ref"])
+        path = "/" + request.path_params["path"]
+        if node_id == self._reads.node_id:
+            raise UsageError("that is this node itself", hint="leave --on out")
+        try:
+            wanted = msgspec.convert((request.method, path, request.url.query, _permit(request)), ApiRequest)
+        except msgspec.ValidationError as exc:
+            raise UsageError(f"cannot be asked of another node: {exc}", hint="schemas/README.md lists the API") from exc
+        # Not raised inside the nursery, which would wrap it.
+        found: list[tuple[ApiAnswer, bytes] | FormationError] = []
+        # The body first: a POST's comes by `receive` as well, and what it says is nothing to the routes that are passed on.
+        await _body(request, REQUEST_SIZE_MAX_BYTES)
+        async with trio.open_nursery() as nursery:
+            # Who goes away stops the other node, too.
+            nursery.start_soon(_cancel_on_disconnect, request.receive, nursery.cancel_scope)
+            try:
+                found.append(await self._forward.ask(NodeId(node_id), wanted))
+            except FormationError as exc:
+                found.append(exc)
+            nursery.cancel_scope.cancel()
+        if not found:
+            raise ClientDisconnect
+        if isinstance(found[0], FormationError):
+            raise found[0]
+        answer, body = found[0]
+        return Response(body, status_code=answer.status, headers={"content-type": answer.media_type})
 
     async def get_accounts(self, _: Request) -> Response:
         return JSONResponse([{"account_id": a.account_id, "label": a.label} for a in self._state.view.accounts()])

@@ -37,6 +37,7 @@ from formation.core.spec import VmRecord
 from formation.node.reads import Reads
 from formation.p2p.framing import receive_frame, send_frame
 from formation.p2p.service import P2pService
+from formation.p2p.slots import Slots
 from formation.p2p.transport import ByteStream
 
 log = structlog.get_logger(__name__)
@@ -53,6 +54,10 @@ ANSWER_TIMEOUT_S = 10.0
 CHUNK_SIZE_BYTES = 16 * 1024
 # Each follows a console or log for as long as a person looks at it.
 SESSION_COUNT_MAX = 64
+# A node passes on what its users look at; one of many peers must leave room for the others.
+SESSION_PER_PEER_MAX = 16
+# An asker that takes nothing for so long. The muxer's own limit is the same; this one holds on any transport.
+STALL_TIMEOUT_S = 60.0
 
 
 _ROLE_OF = {"logs": Role.VIEWER, "console": Role.OPERATOR}
@@ -74,7 +79,7 @@ class Attach:
     def __init__(self, *, reads: Reads, p2p: P2pService) -> None:
         self._reads = reads
         self._p2p = p2p
-        self._sessions = 0
+        self._slots = Slots(count_max=SESSION_COUNT_MAX, per_peer_max=SESSION_PER_PEER_MAX)
         self._typing: dict[str, list[ByteStream]] = {}
         """Consoles on other nodes that are open through this one, by VM; several people may look at one."""
         p2p.serve_stream(PROTOCOL, self._serve)
@@ -175,24 +180,23 @@ class Attach:
         return stream
 
     async def _serve(self, asker: NodeId, stream: ByteStream) -> None:
-        if self._sessions >= SESSION_COUNT_MAX:
-            await _refuse(stream, UnavailableError("too many consoles and logs are open on that node", hint="close one"))
-            return
-        self._sessions += 1
         try:
-            with trio.fail_after(ANSWER_TIMEOUT_S):
-                request = decode(await receive_frame(stream, size_max_bytes=REQUEST_SIZE_MAX_BYTES), AttachRequest)
-            vm = self._permitted(request)
-            async with self._open_here(vm.vm_id, request) as chunks:
-                await send_frame(stream, b"")
-                await self._copy(vm.vm_id, request, chunks, stream)
+            with self._slots.take(asker):
+                await self._serve_session(stream)
         except FormationError as exc:
             log.info("attach.refused", asker=asker, reason=exc.message)
             await _refuse(stream, exc)
         except trio.TooSlowError:
             log.info("attach.refused", asker=asker, reason="no request in time")
-        finally:
-            self._sessions -= 1
+
+    async def _serve_session(self, stream: ByteStream) -> None:
+        with trio.fail_after(ANSWER_TIMEOUT_S):
+            request = decode(await receive_frame(stream, size_max_bytes=REQUEST_SIZE_MAX_BYTES), AttachRequest)
+        vm = self._permitted(request)
+        async with self._open_here(vm.vm_id, request) as chunks:
+            with trio.fail_after(ANSWER_TIMEOUT_S):
+                await send_frame(stream, b"")
+            await self._copy(vm.vm_id, request, chunks, stream)
 
     def _permitted(self, request: AttachRequest) -> VmRecord:
         """The VM that the permit is for, if we hold it and who signed has the role.
@@ -226,7 +230,12 @@ class Attach:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(type_in)
                 async for chunk in chunks:
-                    await stream.send_all(chunk)
+                    # An asker that reads nothing: its person looks again, and its place is another's meanwhile.
+                    with trio.move_on_after(STALL_TIMEOUT_S) as stall:
+                        await stream.send_all(chunk)
+                    if stall.cancelled_caught:
+                        log.info("attach.stalled", vm_id=vm_id)
+                        break
                 nursery.cancel_scope.cancel()
         # The asker broke off, or the VM ended under its hands. A refusal now would be read as the guest's words.
         except* FormationError as ended:

@@ -30,7 +30,7 @@ from hypercorn.config import Config
 from hypercorn.trio import serve
 
 from formation import __version__
-from formation.core.errors import ConflictError, HostError, UsageError
+from formation.core.errors import ConflictError, DeniedError, HostError, UnavailableError, UsageError
 from formation.core.event import NodeAdvertised
 from formation.core.files import replace_durably
 from formation.node.api import ApiParts, Application, TokenGuard, make_api
@@ -46,6 +46,8 @@ DRAIN_DEADLINE_S = 8.0
 API_DRAIN_S = 1.0
 # An observer looks this often whether it was admitted: whoever did that is waiting for it.
 ADMISSION_LOOK_S = 1.0
+# What the state did not take is told again; others know the node by its id meanwhile.
+TELL_RETRY_S = 5.0
 # Owner may read and write, nobody else: the socket's mode is the API's access rule.
 _SOCKET_UMASK = 0o177
 _TOKEN_FILE_NAME = "api.token"
@@ -115,11 +117,25 @@ async def _advertise(node: Node, addresses: tuple[str, ...]) -> None:
     )
     known = node.state.view.node(node.key.node_id)
     if known is None or any(getattr(known, field) != getattr(event, field) for field in event.__struct_fields__):
-        await node.state.append_event(event, node.key.node_id)
+        await _tell(node, event)
+
+
+async def _tell(node: Node, event: NodeAdvertised) -> None:
+    while True:
+        try:
+            await node.state.append_event(event, node.key.node_id)
+        except (UnavailableError, DeniedError) as exc:
+            # The outbox is full, a snapshot came in between, or the lane was closed: none is a reason to end.
+            log.info("node.untold", reason=exc.message)
+            await trio.sleep(TELL_RETRY_S)
+        else:
+            return
 
 
 async def _start_api(rooms: trio.Nursery, node: Node) -> None:
-    app = make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells))
+    app = make_api(
+        ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells, forward=node.forward)
+    )
     path = node.settings.api_socket
     with _listen_errors(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from formation.core.config import Value, check_socket_path
 from formation.core.errors import HostError, UsageError
-from formation.core.ids import NodeId, check_label, public_key_of_node
+from formation.core.ids import AccountId, NodeId, check_label, public_key_of_account, public_key_of_node
 from formation.core.spec import Resources
 from formation.core.units import GIB, MIB
 
@@ -37,6 +37,7 @@ class NodeSettings:
     deny_peers: frozenset[NodeId]
     network_key: Path | None
     security: Literal["noise", "tls", "both"]
+    operators: frozenset[AccountId]
     public_address: str
     api_socket: Path
     api_tcp: str
@@ -76,6 +77,7 @@ def node_settings(merged: Mapping[str, Value]) -> NodeSettings:
         deny_peers=_node_ids(value("deny_peers"), "node.deny_peers"),
         network_key=_absolute(value("network_key")) if value("network_key") else None,
         security=_security(value("security")),
+        operators=_account_ids(value("operators")),
         public_address=str(value("public_address")),
         api_socket=check_socket_path(_absolute(value("api_socket"))),
         api_tcp=api_tcp,
@@ -103,6 +105,16 @@ def _node_ids(value: object, setting: str) -> frozenset[NodeId]:
 def _security(value: object) -> Literal["noise", "tls", "both"]:
     assert value in ("noise", "tls", "both")
     return value
+def _account_ids(value: object) -> frozenset[AccountId]:
+    assert isinstance(value, list)
+    for text in value:
+        try:
+            public_key_of_account(text)
+        except UsageError as exc:
+            raise UsageError(
+                f"node.operators: {text[:64]!r} is not an account's id", hint="formation key list shows yours"
+            ) from exc
+    return frozenset(map(AccountId, value))
 
 
 def split_host_port(text: str) -> tuple[str, int]:

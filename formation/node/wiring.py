@@ -17,6 +17,7 @@ from formation.net.service import NetService
 from formation.node.attach import Attach
 from formation.node.dispatch import Dispatch
 from formation.node.door import Door
+from formation.node.forward import Forward
 from formation.node.health import Liveness
 from formation.node.identity import load_or_make_key, read_network_key
 from formation.node.reads import Reads
@@ -52,6 +53,7 @@ class Node:
     attach: Attach
     door: Door
     cells: CellReader
+    forward: Forward
 
 
 async def build_node(settings: NodeSettings) -> Node:
@@ -162,5 +164,6 @@ def assemble(
         reads=reads,
         attach=Attach(reads=reads, p2p=p2p),
         door=Door(reads=reads, p2p=p2p),
+        forward=Forward(reads=reads, p2p=p2p),
         cells=CellReader(manifest=manifest, state=state, p2p=p2p, clock=clock, rng=rng),
     )

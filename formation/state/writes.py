@@ -96,7 +96,8 @@ class Writes:
             )
         if len(self._queue) >= WRITE_COUNT_MAX or self._placed_count - self._done_count >= WAITING_COUNT_MAX:
             raise UnavailableError(
-                f"{len(self._queue)} writes wait already", hint="is there a quorum? formation status shows it"
+                f"this node's outbox is full: {self._placed_count - self._done_count + len(self._queue)} writes wait already",
+                hint="try again in a few seconds; formation status shows whether there is a quorum",
             )
         write = Write(kind, op, size_bytes, level, done)
         self._queue.append(write)

@@ -97,7 +97,11 @@ class Nodes:
     def client(self, index: int = 0) -> Client:
         node = self.running[index]
         return Client(
-            make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells))
+            make_api(
+                ApiParts(
+                    reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells, forward=node.forward
+                )
+            )
         )
 
     async def start(self, nursery: trio.Nursery, *indices: int) -> None:
@@ -285,6 +289,7 @@ def _settings(name: str, folder: Path) -> NodeSettings:
         deny_peers=frozenset(),
         network_key=None,
         security="noise",
+        operators=frozenset({USER.account_id}),
         public_address="127.0.0.1",
         api_socket=folder / "node.sock",
         api_tcp="",

@@ -84,7 +84,12 @@ def client_with(nodes: Nodes, *, vmm: Any = None, pack: Any = None) -> Client:
     return Client(
         make_api(
             ApiParts(
-                reads=reads, pack=cast("PackService", pack or node.pack), attach=node.attach, door=node.door, cells=node.cells
+                reads=reads,
+                pack=cast("PackService", pack or node.pack),
+                attach=node.attach,
+                door=node.door,
+                cells=node.cells,
+                forward=node.forward,
             )
         )
     )
@@ -543,7 +548,14 @@ async def test_a_context_that_cannot_be_kept_is_the_hosts_fault(tmp_path: Path, 
         reads = dataclasses.replace(nodes[0].reads, settings=settings)
         client = Client(
             make_api(
-                ApiParts(reads=reads, pack=nodes[0].pack, attach=nodes[0].attach, door=nodes[0].door, cells=nodes[0].cells)
+                ApiParts(
+                    reads=reads,
+                    pack=nodes[0].pack,
+                    attach=nodes[0].attach,
+                    door=nodes[0].door,
+                    cells=nodes[0].cells,
+                    forward=nodes[0].forward,
+                )
             )
         )
         assert (await client.post("/v1/images/build", context())).lines()[-1]["error"]["code"] == "host"
@@ -758,7 +770,11 @@ async def test_a_follower_that_reads_nothing_is_let_go(tmp_path: Path, jumping_c
     """Nobody waits for it, and its place is free after a while; the body has no end, so it knows that it missed something."""
     async with running(tmp_path) as nodes:
         node = nodes[0]
-        app = make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells))
+        app = make_api(
+            ApiParts(
+                reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells, forward=node.forward
+            )
+        )
         scope = Call(app, "GET", "/v1/events", query="", headers=(), chunks=[])._scope
         took: list[bytes] = []
         gone = trio.Event()

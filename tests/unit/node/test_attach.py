@@ -21,7 +21,8 @@ from formation.node.attach import (
     PERMIT_SIZE_MAX_BYTES,
     PROTOCOL,
     REQUEST_SIZE_MAX_BYTES,
-    SESSION_COUNT_MAX,
+    SESSION_PER_PEER_MAX,
+    STALL_TIMEOUT_S,
     AttachRequest,
 )
 from formation.p2p.transport import ByteStream
@@ -79,7 +80,7 @@ async def test_a_console_elsewhere_and_typing(tmp_path: Path, jumping_clock: Clo
             await eventually(lambda: guest.typed == b"ls\n")
             await guest.console.feed(b"bin\n")
             await call.until(b"bin\n")
-        await eventually(lambda: nodes[HOLDER].attach._sessions == 0)
+        await eventually(lambda: len(nodes[HOLDER].attach._slots) == 0)
         assert guest.console._followers == []
         assert (await client.post("/v1/vms/web/console/input", b"x")).error() == (409, "conflict")
 
@@ -154,7 +155,7 @@ async def test_the_holder_judges_for_itself(tmp_path: Path, jumping_clock: Clock
         async with asked(nodes) as stream:
             await stream.send_all((REQUEST_SIZE_MAX_BYTES + 1).to_bytes(4, "big"))
             assert b"decode" in await stream.receive_some(10_000)
-        await eventually(lambda: nodes[HOLDER].attach._sessions == 0)
+        await eventually(lambda: len(nodes[HOLDER].attach._slots) == 0)
 
 
 async def test_a_vm_that_moved_is_not_served(tmp_path: Path, jumping_clock: Clock) -> None:
@@ -175,15 +176,16 @@ async def test_a_console_that_does_not_run_elsewhere_is_refused(tmp_path: Path, 
 
 
 async def test_only_so_many_sessions_are_served(tmp_path: Path, jumping_clock: Clock) -> None:
-    """One more is told so; and there is room again when one ends."""
+    """Of one peer, so that it does not keep the others out. One more is told so; and there is room again when one ends."""
     async with two_nodes(tmp_path) as (nodes, vm_id, _):
-        streams = [await nodes[ASKER].p2p.open_stream(nodes[HOLDER].key.node_id, PROTOCOL) for _ in range(SESSION_COUNT_MAX)]
-        await eventually(lambda: nodes[HOLDER].attach._sessions == SESSION_COUNT_MAX)
+        holder = nodes[HOLDER].key.node_id
+        streams = [await nodes[ASKER].p2p.open_stream(holder, PROTOCOL) for _ in range(SESSION_PER_PEER_MAX)]
+        await eventually(lambda: len(nodes[HOLDER].attach._slots) == SESSION_PER_PEER_MAX)
         answer = await logs(nodes, nodes.permit(vm_id))
         assert answer.error() == (503, "unavailable")
         assert "too many" in answer.json()["error"]["message"]
         await streams[0].aclose()
-        await eventually(lambda: nodes[HOLDER].attach._sessions < SESSION_COUNT_MAX)
+        await eventually(lambda: len(nodes[HOLDER].attach._slots) < SESSION_PER_PEER_MAX)
         assert (await logs(nodes, nodes.permit(vm_id))).status == 200
 
 
@@ -193,7 +195,7 @@ async def test_who_opens_a_session_and_says_nothing_is_let_go(tmp_path: Path, ju
         began = trio.current_time()
         assert await stream.receive_some(1) == b""
         assert trio.current_time() - began == pytest.approx(ANSWER_TIMEOUT_S, abs=1)
-        assert nodes[HOLDER].attach._sessions == 0
+        assert len(nodes[HOLDER].attach._slots) == 0
 
 
 async def test_a_holder_that_vanishes_breaks_the_stream_off(tmp_path: Path, jumping_clock: Clock) -> None:
@@ -222,7 +224,7 @@ async def test_an_asker_that_vanishes_is_no_failure(tmp_path: Path, jumping_cloc
                 for _ in range(40):
                     await guest.console.feed(b"x" * 16_000)
                 await trio.testing.wait_all_tasks_blocked()
-            await eventually(lambda: nodes[HOLDER].attach._sessions == 0)
+            await eventually(lambda: len(nodes[HOLDER].attach._slots) == 0)
             await trio.sleep(1)
         assert [line for line in lines if line["log_level"] in ("warning", "error")] == []
         assert guest.console._followers == []
@@ -291,7 +293,7 @@ async def test_a_refusal_that_nobody_hears_is_let_go(tmp_path: Path, jumping_clo
             async with asked(nodes) as stream:
                 await stream.send_all(b"\xff\xff\xff\xff")
             await trio.sleep(1)
-            await eventually(lambda: nodes[HOLDER].attach._sessions == 0)
+            await eventually(lambda: len(nodes[HOLDER].attach._slots) == 0)
         assert [line for line in lines if line["log_level"] in ("warning", "error")] == []
 
 
@@ -308,3 +310,17 @@ async def test_a_holder_nobody_knows_is_unavailable(tmp_path: Path, jumping_cloc
         assert caught.value.code == "unavailable"
         assert isinstance(vm, VmRecord)
         assert isinstance(vm.placement, Placement)
+
+
+async def test_an_asker_that_reads_nothing_is_let_go(tmp_path: Path, jumping_clock: Clock) -> None:
+    """What the guest writes meanwhile holds no task of the holder's for longer than that."""
+    async with two_nodes(tmp_path) as (nodes, vm_id, guest), asked(nodes) as stream:
+        payload = encode(["console", 0, True, base64.urlsafe_b64decode(nodes.permit(vm_id))])
+        await stream.send_all(len(payload).to_bytes(4, "big") + payload)
+        await eventually(lambda: bool(guest.console._followers))
+        began = trio.current_time()
+        while len(nodes[HOLDER].attach._slots) and trio.current_time() - began < 3 * STALL_TIMEOUT_S:
+            with trio.move_on_after(1):
+                await guest.console.feed(b"x" * 16_384)
+        assert not len(nodes[HOLDER].attach._slots)
+        assert trio.current_time() - began < 2 * STALL_TIMEOUT_S

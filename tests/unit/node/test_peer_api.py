@@ -85,7 +85,9 @@ async def test_bans_are_the_operators(tmp_path: Path, jumping_clock: trio.abc.Cl
     """A token gives no right to them; looking is free."""
     async with running(tmp_path, voters=1) as nodes:
         node = nodes[0]
-        parts = ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells)
+        parts = ApiParts(
+            reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells, forward=node.forward
+        )
         client = Client(TokenGuard(make_api(parts), token="secret"))
         headers = {"authorization": "Bearer secret"}
         assert (await client.get("/v1/peers", **headers)).status == 200

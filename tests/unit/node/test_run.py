@@ -149,6 +149,7 @@ def make_settings(folder: Path, *, key: KeyPair = VOTER, **changes: Any) -> Node
         "deny_peers": frozenset(),
         "network_key": None,
         "security": "noise",
+        "operators": frozenset(),
         "public_address": "127.0.0.1",
         "api_socket": folder / "run" / "node.sock",
         "api_tcp": "",

@@ -254,7 +254,11 @@ async def test_only_the_operator_of_a_voter_has_a_word(tmp_path: Path, jumping_c
     """Over TCP the token does not help, and a node without a vote has no word."""
     async with running(tmp_path, voters=1, observers=1) as nodes:
         node = nodes[0]
-        app = make_api(ApiParts(reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells))
+        app = make_api(
+            ApiParts(
+                reads=node.reads, pack=node.pack, attach=node.attach, door=node.door, cells=node.cells, forward=node.forward
+            )
+        )
         remote = Client(TokenGuard(app, token="t" * 20))
         wish = json.dumps({"action": "admit", "node": nodes.keys[1].node_id}).encode()
         headers = {"authorization": f"Bearer {'t' * 20}"}
