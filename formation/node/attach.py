@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 import structlog
@@ -61,6 +61,14 @@ STALL_TIMEOUT_S = 60.0
 
 
 _ROLE_OF = {"logs": Role.VIEWER, "console": Role.OPERATOR}
+
+
+class Readable(Protocol):
+    """A console or a stream to another node."""
+
+    async def receive_some(self, size_max_bytes: int) -> bytes:
+        """The next bytes; b"" at the end."""
+        ...
 
 
 class AttachRequest(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
@@ -258,7 +266,7 @@ async def _log(tail: bytes, follow: AsyncIterator[bytes] | None) -> AsyncIterato
             yield chunk
 
 
-async def _chunks(stream: ByteStream) -> AsyncIterator[bytes]:
+async def _chunks(stream: Readable) -> AsyncIterator[bytes]:
     while chunk := await stream.receive_some(CHUNK_SIZE_BYTES):
         yield chunk
 

@@ -105,6 +105,8 @@ def _node_ids(value: object, setting: str) -> frozenset[NodeId]:
 def _security(value: object) -> Literal["noise", "tls", "both"]:
     assert value in ("noise", "tls", "both")
     return value
+
+
 def _account_ids(value: object) -> frozenset[AccountId]:
     assert isinstance(value, list)
     for text in value:

@@ -8,7 +8,7 @@
 | `frames`, `calls`, `router`, `backoff` | pure machines: framing, the request protocol, who is where, when to try again |
 | `discovery`, `presence` | dials known peers, looks lost ones up; waits for peers to come and go |
 | `link` | long-lived direct streams between voters |
-| `requests`, `serving` | one question and one answer; how handlers of streams are run |
+| `requests`, `serving`, `slots` | one question and one answer; how handlers of streams are run; how many at a time |
 | `publisher`, `subscriber` | gossip out and in |
 | `service` | the one door for the rooms above |
 """

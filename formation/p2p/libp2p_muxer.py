@@ -90,6 +90,11 @@ class Stream(IMuxedStream):  # type: ignore[misc] # the library is untyped here
         """It ended other than by the peer's saying so."""
         return self._channel.is_reset
 
+    async def wait_reset(self) -> None:
+        """Until it is broken."""
+        while not self._channel.is_reset:
+            await self._wait()
+
     async def read(self, n: int | None = None) -> bytes:
         """1 to n bytes.
 

@@ -61,6 +61,10 @@ class Libp2pStream:
         except Exception as exc:
             raise self._broken(exc) from exc
 
+    async def wait_reset(self) -> None:
+        """See ByteStream."""
+        await self._muxed.wait_reset()
+
     async def aclose(self) -> None:
         """See ByteStream."""
         with trio.move_on_after(CLOSE_TIMEOUT_S) as scope:

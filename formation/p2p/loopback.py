@@ -423,6 +423,10 @@ class _Pipe:
         self._chunks.clear()
         self._notify()
 
+    async def wait_broken(self) -> None:
+        while not self.is_broken:
+            await self._changed.wait()
+
     def end(self) -> None:
         if not self._ended:
             self._put(b"")
@@ -501,6 +505,10 @@ class LoopbackStream:
             raise _broken()
         self._eof_sent = True
         self._outward.end()
+
+    async def wait_reset(self) -> None:
+        """See ByteStream."""
+        await self._inward.wait_broken()
 
     async def aclose(self) -> None:
         """See ByteStream."""

@@ -20,6 +20,10 @@ from formation.p2p.transport import READ_SIZE_MAX_BYTES, ByteStream, OffenceCall
 
 # Requests of one peer that are served at a time; more are refused as busy. Its streams are limited to 128 in all.
 SERVED_PER_PEER_MAX = 32
+# Of all peers: each holds at most a request of its protocol's size. Beyond it a peer has its share, so that a few that dribble
+# do not keep the others out.
+SERVED_COUNT_MAX = 512
+SERVED_SHARE_MIN = 4
 # Ours to one peer at a time: below its limit, so that we wait here instead of being refused there.
 ASKED_PER_PEER_MAX = 24
 # A request must be here by then: a peer that dribbles holds a slot of its own only, but for ever.
@@ -110,7 +114,8 @@ class Requests:
         self._transport.serve_stream(protocol, handle)
 
     async def _serve_one(self, handler: RequestHandler, node_id: NodeId, stream: ByteStream, size_max_bytes: int) -> None:
-        if self._serving[node_id] >= SERVED_PER_PEER_MAX:
+        limit = SERVED_PER_PEER_MAX if self._serving.total() < SERVED_COUNT_MAX else SERVED_SHARE_MIN
+        if self._serving[node_id] >= limit:
             self.counters.refused_count += 1
             await _answer(stream, encode_error(UnavailableError("too many requests at a time", hint="try again")))
             return
@@ -133,7 +138,7 @@ class Requests:
         self.counters.served_count += 1
         try:
             with trio.fail_after(SERVE_TIMEOUT_S):
-                return encode_answer(await handler(node_id, payload))
+                return encode_answer(await _while_asked(handler, node_id, payload, stream))
         except FormationError as exc:
             return encode_error(exc)
         except trio.TooSlowError:
@@ -157,6 +162,28 @@ class Requests:
                 raise
             if frames:
                 return frames[0]
+
+
+async def _while_asked(handler: RequestHandler, node_id: NodeId, payload: bytes, stream: ByteStream) -> bytes:
+    """What the handler says; it is cancelled when the asker lets go of the stream, for nobody would hear it."""
+    outcome: list[bytes | Exception] = []
+
+    async def cancel_when_gone() -> None:
+        await stream.wait_reset()
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cancel_when_gone)
+        try:
+            outcome.append(await handler(node_id, payload))
+        except Exception as exc:  # noqa: BLE001 - raised again below: the nursery would wrap it
+            outcome.append(exc)
+        nursery.cancel_scope.cancel()
+    if not outcome:
+        raise UnavailableError("the asker went", hint="")
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
 
 
 async def _receive_answer(stream: ByteStream, node_id: NodeId, size_max_bytes: int) -> bytes:

@@ -86,6 +86,13 @@ class ByteStream(Protocol):
         """
         ...
 
+    async def wait_reset(self) -> None:
+        """Return when the stream or its connection has broken: who waits for what we do on it has gone.
+
+        Beside a reader too, and after the end that the peer set.
+        """
+        ...
+
     async def aclose(self) -> None:
         """Let go of the stream in both directions; what was sent and not read may be lost. Never raises."""
         ...

@@ -11,6 +11,7 @@ from formation.core.codec import decode, encode
 from formation.core.errors import ConflictError
 from formation.node.attach import AttachRequest
 from formation.node.door import Accepted
+from formation.node.forward import ApiAnswer, ApiRequest
 from formation.p2p.calls import encode_answer, encode_error
 
 TEXT = (Path(__file__).parents[2] / "schemas" / "p2p.cddl").read_text()
@@ -23,6 +24,11 @@ GOLDEN = {
         "84" + "73" + b"vm-aaaaaaaaaaaaaaaa".hex() + "70" + b"0123456789abcdef".hex() + "7854" + (b"ab" * 42).hex() + "07",
     ),
     "attach_request": (encode(ATTACH), "84" + "67" + b"console".hex() + "00" + "f5" + "46" + b"permit".hex()),
+    "api_request": (
+        encode(ApiRequest("GET", "/v1/status", "", b"permit")),
+        "84" + "63" + b"GET".hex() + "6a" + b"/v1/status".hex() + "60" + "46" + b"permit".hex(),
+    ),
+    "api_answer": (encode(ApiAnswer(200, "text/plain")), "82" + "18c8" + "6a" + b"text/plain".hex()),
     "failure": (
         FAILURE,
         "83" + "68" + b"conflict".hex() + "69" + b"it exists".hex() + "73" + b"choose another name".hex(),

@@ -18,6 +18,7 @@ from formation.core.event import (
     ClaimRenewed,
     Event,
     ImageBuilt,
+    ImageDropped,
     ImageHeld,
     ImageReady,
     VmClaimed,
@@ -324,3 +325,34 @@ def holders(node: Node, digest: str) -> tuple[str, ...]:
     image = node.state.view.image(digest)
     assert image is not None
     return image.holders
+
+
+async def test_what_was_certified_before_a_crash_is_done_after_it(tmp_path: Path, jumping_clock: trio.abc.Clock) -> None:
+    """A node that dies between the certificate of a wish and its handler: after its restart the VM runs, once.
+
+    And what it had not told of its images it tells then: handlers compare, so nothing depends on the event.
+    """
+    nodes = Nodes(tmp_path, hosts=frozenset({0}))
+    async with trio.open_nursery() as nursery:
+        await nodes.start(nursery, 0)
+        image = await nodes.build()
+
+        async def deaf(_: object) -> None:
+            await trio.sleep_forever()
+
+        # Both ways to a handler: the event's, and the sweep's.
+        node = nodes[0]
+        node.dispatch._on_change = deaf  # type: ignore[method-assign,assignment] # the moment before the crash
+        node.vmm._sweep = trio.sleep_forever  # type: ignore[method-assign]
+        vm_id = await nodes.create(image)
+        assert node.state.view.vm(vm_id, Level.CERTIFIED) is not None
+        assert vm_id not in nodes.worlds[0].processes
+        await node.state.append_event(ImageDropped(), image, level=Level.CERTIFIED)
+        await nodes.stop(0)
+        await nodes.start(nursery, 0)
+        await nodes.phase(vm_id, "running")
+        assert list(nodes.worlds[0].processes) == [vm_id]
+        record = nodes[0].state.view.image(image)
+        assert record is not None
+        await eventually(lambda: node.key.node_id in (nodes[0].state.view.image(image) or record).holders)
+        nursery.cancel_scope.cancel()

@@ -242,6 +242,40 @@ async def test_a_peer_that_asks_too_much_is_told_that_we_are_busy(autojump_clock
     assert all("too many" in error.message for error in refused)
 
 
+async def test_a_handler_ends_when_its_asker_gives_up(autojump_clock: MockClock) -> None:
+    """By a timeout or a broken connection: at once, not at its own deadline; its slot is free."""
+    network = LoopbackNetwork(1)
+    a, b = make(network, A), make(network, B)
+    ended: list[float] = []
+
+    async def never(node_id: NodeId, payload: bytes) -> bytes:
+        try:
+            await trio.sleep(SERVE_TIMEOUT_S)
+            return b""
+        finally:
+            ended.append(trio.current_time())
+
+    b.serve_requests(PROTOCOL, never, request_size_max_bytes=2)
+    async with running(a, b) as nursery:
+        with trio.move_on_after(5):
+            await a.request(B, PROTOCOL, b"", response_size_max_bytes=1)
+        gave_up_at = trio.current_time()
+        await until(lambda: len(ended) == 1)
+        assert ended[0] - gave_up_at < 1
+
+        async def ask() -> None:
+            with pytest.raises(UnavailableError):
+                await a.request(B, PROTOCOL, b"", response_size_max_bytes=1)
+
+        nursery.start_soon(ask)
+        await trio.sleep(5)
+        broken_at = trio.current_time()
+        network.disconnect(frozenset((A, B)))
+        await until(lambda: len(ended) == 2)
+        assert ended[1] - broken_at < 1
+        assert not b._requests._serving
+
+
 async def test_a_handler_and_a_request_may_not_take_for_ever(autojump_clock: MockClock) -> None:
     """Both give their slot back."""
     network = LoopbackNetwork(1)
