@@ -176,12 +176,32 @@ def test_another_nodes_status_through_this_one(formation: Commands) -> None:
     assert second.key.node_id not in {peer["node_id"] for peer in peers}
     assert " ms" in formation("peer", "ping", third.name, "--on", second.name, "-n", "1").stdout
     assert f"{second.name}, votes" in formation("state", "status", "--on", second.name).stdout
+    _leave_in_the_middle(formation, second, third)
     refused = formation("status", "--on", third.name, status=4)
     assert f"node {third.name}" in refused.stderr
     assert "node.operators" in refused.stderr
     assert "nobody" in formation("status", "--on", "nobody", status=5).stderr
     formation.network.kill(second)
     assert "cannot be reached" in formation("status", "--on", second.name, status=3).stderr
+
+
+def _leave_in_the_middle(formation: Commands, asked: LocalNode, silent: LocalNode) -> None:
+    """Ctrl-C at the client ends the work at the far process, which waits for a node that stands still."""
+    assert silent.process is not None
+    silent.process.send_signal(signal.SIGSTOP)
+    try:
+        client = formation.start("peer", "ping", silent.name, "--on", asked.name, "-n", "1")
+        time.sleep(2.5)
+        assert client.poll() is None
+        client.send_signal(signal.SIGINT)
+        left_at = time.monotonic()
+        assert client.wait(timeout=10) == 130
+        wait_for(lambda: "the asker went" in (asked.folder / "node.log").read_text(), what="it hears of it", timeout_s=5)
+        print(f"the far node stopped {time.monotonic() - left_at:.1f} s after Ctrl-C")
+        client.communicate()
+    finally:
+        silent.process.send_signal(signal.SIGCONT)
+    formation.network.wait_until_meshed()
 
 
 def _account_id(public_key: bytes) -> str:
