@@ -45,7 +45,7 @@ IMPORTERS = {
     # One adapter, in as many files as it takes.
     "libp2p": {
         f"p2p/libp2p_{part}"
-        for part in ("admission", "control", "gossip", "host", "kad", "patches", "setup", "stream", "muxer")
+        for part in ("admission", "control", "gossip", "host", "kad", "patches", "pnet", "setup", "stream", "muxer")
     },
     "sqlite3": {"state/sqlite"},
     "cbor2": {"core/codec"},
