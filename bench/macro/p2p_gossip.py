@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 
+from bench.arguments import numbers, words
 from bench.macro.p2p_network import (
     JS,
     OURS,
@@ -371,21 +372,13 @@ def _pairs(ones: Sequence[Sample], others: Sequence[Sample]) -> list[tuple[Sampl
     return list(zip(ones, others, strict=False))
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
 def _from_command_line() -> Plan:
     parser = argparse.ArgumentParser(description="one part of the figures, or a longer run")
     argument = partial(parser.add_argument, default=None)
-    argument("--node-counts", type=_numbers, help="such as 4,16")
-    argument("--sizes", type=_numbers, help="bytes of a message, 16 or more")
-    argument("--ways", type=_words, help="gossip,direct")
-    argument("--kinds", type=_words, help="ours,js")
+    argument("--node-counts", type=numbers, help="such as 4,16")
+    argument("--sizes", type=numbers, help="bytes of a message, 16 or more")
+    argument("--ways", type=words, help="gossip,direct")
+    argument("--kinds", type=words, help="ours,js")
     argument("--rounds", type=int)
     argument("--duration-s", "--seconds", type=float)
     argument("--overload-s", type=float)

@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 
+from bench.arguments import numbers, words
 from bench.macro.state_network import (
     CannotMeasureError,
     EtcdNetwork,
@@ -229,20 +230,12 @@ def _ratios(system: str, taken: Sequence[Sample], base: Sequence[Sample]) -> lis
     ]
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
 def _from_command_line() -> Plan:
     parser = argparse.ArgumentParser(description="one part of the figures, or a longer run")
     argument = partial(parser.add_argument, default=None)
-    argument("--systems", type=_words, help="such as etcd-3,etcd-4,ours-4")
-    argument("--clients", type=_numbers, help="of writes, such as 1,64,256; empty: none")
-    argument("--claim-clients", type=_numbers)
+    argument("--systems", type=words, help="such as etcd-3,etcd-4,ours-4")
+    argument("--clients", type=numbers, help="of writes, such as 1,64,256; empty: none")
+    argument("--claim-clients", type=numbers)
     argument("--rounds", type=int)
     argument("--duration-s", "--seconds", type=float)
     argument("--warm-up-s", type=float)

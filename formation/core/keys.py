@@ -92,16 +92,14 @@ def read_key_file(path: Path) -> KeyPair:
       UsageError: readable by others, or not a key file.
     """
     try:
-        # Non-blocking, for a pipe would never answer; the mode is that of the very file that is read.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            mode = os.fstat(file.fileno()).st_mode
-            text = file.read(_FILE_SIZE_MAX_BYTES + 1).decode("ascii", "replace") if stat.S_ISREG(mode) else ""
+        data, mode = read_secret_file(path, size_max_bytes=_FILE_SIZE_MAX_BYTES)
     except FileNotFoundError as exc:
         raise NotFoundError(f"no key at {path}", hint="formation init makes one") from exc
     except OSError as exc:
         raise UsageError(f"cannot read {path}: {exc.strerror}", hint="check its owner and mode") from exc
-    if stat.S_IMODE(mode) & 0o077:
-        raise UsageError(f"{path} can be read by others (mode {stat.S_IMODE(mode):04o})", hint=f"chmod 600 {path}")
+    if mode & 0o077:
+        raise UsageError(f"{path} can be read by others (mode {mode:04o})", hint=f"chmod 600 {path}")
+    text = data.decode("ascii", "replace")
     header, _, body = text.partition("\n")
     try:
         seed = bytes.fromhex(body.strip())
@@ -112,6 +110,18 @@ def read_key_file(path: Path) -> KeyPair:
             f"{path} is not a Formation key file", hint=f"its first line must be {_HEADER!r}, its second 64 hex digits"
         )
     return KeyPair(seed)
+
+
+def read_secret_file(path: Path, *, size_max_bytes: int) -> tuple[bytes, int]:
+    """What a file holds, and one byte more than the limit at most; and its permission bits. Nothing of what is no regular file.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    # Non-blocking, for a pipe would never answer; the mode is that of the very file that is read.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        mode = os.fstat(file.fileno()).st_mode
+        return file.read(size_max_bytes + 1) if stat.S_ISREG(mode) else b"", stat.S_IMODE(mode)
 
 
 def _link_new(source: str, path: Path) -> None:

@@ -10,6 +10,8 @@
 | stream, event_query | events → server-sent events; what somebody who asks for them wants |
 | reads | the replicated state as the API's answers |
 | attach | logs and consoles, also of VMs on other nodes |
+| permit | a user's signed leave to show something |
+| problem | an error as the API tells it |
 | forward | reads of another node's API, by its operators' permits |
 | door | looks at intents before they enter the log; hands them to a voter where this node is none |
 | api | HTTP on a unix socket, and on TCP with a token |

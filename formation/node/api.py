@@ -40,15 +40,17 @@ from formation.node.cell_api import CellApi
 from formation.node.door import INTENT_SIZE_MAX_BYTES, Door
 from formation.node.event_query import EventQuery, parse_event_query
 from formation.node.exposition import CONTENT_TYPE
-from formation.node.forward import ApiAnswer, ApiRequest, Begin, Forward
+from formation.node.forward import ApiRequest, Begin, Forward
 from formation.node.forward import Send as ForwardSend
 from formation.node.metrics import metrics_text
 from formation.node.peer_api import PeerApi
+from formation.node.problem import HTTP_STATUS, error_json
 from formation.node.reads import Reads
 from formation.node.state_api import REQUEST_SIZE_MAX_BYTES, Ask, Download, StateApi, StateRoute
 from formation.node.state_reads import StateReads
 from formation.node.stream import FOLLOWER_COUNT_MAX, KEEP_ALIVE_S, STALL_TIMEOUT_S, sse_change, sse_cursor, sse_gap
 from formation.node.upload import inside, receive_context
+from formation.p2p.serving import AskerGoneError, run_while
 from formation.pack.service import BuildProgress, PackService
 from formation.state.cell_reader import CellReader
 from formation.state.service import Cursor, Gap
@@ -62,17 +64,6 @@ PROGRESS_BUFFER_COUNT = 256
 LOG_TAIL_LINES_MAX = 10_000
 # Positions are SQLite's integers, below 2**63.
 COUNT_DIGITS_MAX = 18
-
-_HTTP_STATUS = {
-    "usage": 400,
-    "denied": 403,
-    "not_found": 404,
-    "conflict": 409,
-    "unavailable": 503,
-    "quorum": 503,
-    "host": 500,
-    "failed": 500,
-}
 
 _OVER_TCP = "formation.over_tcp"
 """Key of a request's scope: it came over TCP, with the token."""
@@ -167,11 +158,6 @@ async def _serve_inside(app: ASGIApp, method: str, path: str, query: str, begin:
     await app(scope, receive, take)
 
 
-def error_json(error: FormationError) -> dict[str, Any]:
-    """An error as the API tells it."""
-    return {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
-
-
 class TokenGuard:
     """ASGI wrapper for TCP: every request carries the token, or gets 403 and nothing else."""
 
@@ -203,6 +189,7 @@ class _Api:
         self._attach = parts.attach
         self._door = parts.door
         self._forward = parts.forward
+        self._shown = StateReads(parts.reads)
         self._builds = trio.CapacityLimiter(1)
         self._follower_count = 0
 
@@ -217,7 +204,7 @@ class _Api:
 
     async def forward(self, request: Request) -> Response:
         """What another node alone can tell, with its operator's permit."""
-        node_id = StateReads(self._reads).find_node(request.path_params["ref"])
+        node_id = self._shown.find_node(request.path_params["ref"])
         path = "/" + request.path_params["path"]
         if node_id == self._reads.node_id:
             raise UsageError("that is this node itself", hint="leave --on out")
@@ -225,23 +212,15 @@ class _Api:
             wanted = msgspec.convert((request.method, path, request.url.query, _permit(request)), ApiRequest)
         except msgspec.ValidationError as exc:
             raise UsageError(f"cannot be asked of another node: {exc}", hint="schemas/README.md lists the API") from exc
-        # Not raised inside the nursery, which would wrap it.
-        found: list[tuple[ApiAnswer, bytes] | FormationError] = []
         # The body first: a POST's comes by `receive` as well, and what it says is nothing to the routes that are passed on.
         await _body(request, REQUEST_SIZE_MAX_BYTES)
-        async with trio.open_nursery() as nursery:
+        try:
             # Who goes away stops the other node, too.
-            nursery.start_soon(_cancel_on_disconnect, request.receive, nursery.cancel_scope)
-            try:
-                found.append(await self._forward.ask(NodeId(node_id), wanted))
-            except FormationError as exc:
-                found.append(exc)
-            nursery.cancel_scope.cancel()
-        if not found:
-            raise ClientDisconnect
-        if isinstance(found[0], FormationError):
-            raise found[0]
-        answer, body = found[0]
+            answer, body = await run_while(
+                partial(self._forward.ask, NodeId(node_id), wanted), partial(_wait_disconnect, request.receive)
+            )
+        except AskerGoneError:
+            raise ClientDisconnect from None
         return Response(body, status_code=answer.status, headers={"content-type": answer.media_type})
 
     async def get_accounts(self, _: Request) -> Response:
@@ -325,7 +304,7 @@ class _Api:
         query = parse_event_query(
             items,
             now_ms=reads.clock.now_ns() // NS_PER_MS,
-            find_node=StateReads(reads).find_node,
+            find_node=self._shown.find_node,
             find_account=reads.find_account,
         )
         # Settled before the status line: what a client does as soon as it sees that, it will be told.
@@ -538,9 +517,13 @@ def _log_broken_stream(path: str, exc: Exception) -> None:
 
 
 async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
+    await _wait_disconnect(receive)
+    scope.cancel()
+
+
+async def _wait_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    scope.cancel()
 
 
 def parse_count(text: str) -> int | None:
@@ -571,7 +554,7 @@ async def _body(request: Request, size_max_bytes: int) -> bytes:
 
 async def _formation_error(_: Request, exc: Exception) -> Response:
     assert isinstance(exc, FormationError)
-    return JSONResponse(error_json(exc), status_code=_HTTP_STATUS.get(exc.code, 500))
+    return JSONResponse(error_json(exc), status_code=HTTP_STATUS.get(exc.code, 500))
 
 
 async def _client_gone(_: Request, __: Exception) -> Response:

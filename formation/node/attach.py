@@ -19,21 +19,19 @@ import msgspec
 import structlog
 import trio
 
-from formation.core.clock import NS_PER_MS
-from formation.core.codec import decode, encode, verify_ed25519
+from formation.core.codec import decode, encode
 from formation.core.errors import (
     ConflictError,
     DecodeError,
     DeniedError,
     FormationError,
     UnavailableError,
-    UsageError,
     error_from_code,
 )
 from formation.core.grants import Role
 from formation.core.ids import NodeId
-from formation.core.intent import SignedIntent, check_intent, parse_intent
 from formation.core.spec import VmRecord
+from formation.node.permit import check_key_in_force, check_signed, parse_permit
 from formation.node.reads import Reads
 from formation.p2p.framing import receive_frame, send_frame
 from formation.p2p.service import P2pService
@@ -44,8 +42,6 @@ log = structlog.get_logger(__name__)
 
 PROTOCOL = "/formation/attach/1"
 PERMIT_VERB = "vm.attach"
-# A permit is an intent with an empty body: about 250 bytes.
-PERMIT_SIZE_MAX_BYTES = 2 * 1024
 # The permit and a few numbers; an answer's texts are cut to fit as well.
 REQUEST_SIZE_MAX_BYTES = 4 * 1024
 TEXT_LENGTH_MAX = 400
@@ -113,7 +109,7 @@ class Attach:
                 f"{vm.spec.name} runs on another node, which wants its owner's signature",
                 hint="use the account that made it: FORMATION_ACCOUNT_KEY",
             )
-        if _parse_permit(request.permit).intent.object_id != vm.vm_id:
+        if parse_permit(request.permit).intent.object_id != vm.vm_id:
             raise DeniedError(f"the permit is not for {vm.spec.name}", hint="each VM wants its own")
         stream = await self._ask(NodeId(vm.placement.node_id), request)
         try:
@@ -207,21 +203,14 @@ class Attach:
             await self._copy(vm.vm_id, request, chunks, stream)
 
     def _permitted(self, request: AttachRequest) -> VmRecord:
-        """The VM that the permit is for, if we hold it and who signed has the role.
-
-        By the key in force: a permit names account and key, and anybody can sign with a key of their own in the owner's name.
-        """
-        permit = _parse_permit(request.permit)
-        now_ms = self._reads.clock.now_ns() // NS_PER_MS
-        check_intent(verify_ed25519, permit, network_id=self._reads.manifest.network_id, now_ms=now_ms)
+        """The VM that the permit is for, if we hold it and who signed has the role."""
+        permit = parse_permit(request.permit)
+        check_signed(self._reads, permit)
         vm = self._reads.find_vm(permit.intent.object_id)
         role = self._reads.state.view.role(vm.vm_id, permit.account_id)
         if permit.intent.verb != PERMIT_VERB or role is None or role < _ROLE_OF[request.kind]:
             raise DeniedError(f"only its owner may look into {vm.spec.name}", hint="use the account that made it")
-        if permit.intent.key != self._reads.state.replica.state.accounts.key_in_force(permit.account_id):
-            raise DeniedError(
-                "the permit is signed by a key that is not in force", hint="formation account show tells which is"
-            )
+        check_key_in_force(self._reads, permit)
         if vm.placement is None or vm.placement.node_id != self._reads.node_id:
             raise ConflictError(f"{vm.spec.name} is not on this node any more", hint="try again")
         return vm
@@ -248,15 +237,6 @@ class Attach:
         # The asker broke off, or the VM ended under its hands. A refusal now would be read as the guest's words.
         except* FormationError as ended:
             log.debug("attach.ended", vm_id=vm_id, reason=str(ended.exceptions[0]))
-
-
-def _parse_permit(raw: bytes) -> SignedIntent:
-    if len(raw) > PERMIT_SIZE_MAX_BYTES:
-        raise UsageError(f"a permit of {len(raw)} bytes, the limit is {PERMIT_SIZE_MAX_BYTES}", hint="its body must be empty")
-    try:
-        return parse_intent(raw)
-    except DecodeError as exc:
-        raise UsageError(f"not a permit: {exc.message}", hint="is the client older or newer than this node?") from exc
 
 
 async def _log(tail: bytes, follow: AsyncIterator[bytes] | None) -> AsyncIterator[bytes]:

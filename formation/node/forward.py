@@ -15,21 +15,24 @@ deadline, both count the bytes, and the serving side stops when the asker goes.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from typing import Annotated, Any, Literal, Protocol
+from functools import partial
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 import structlog
 import trio
 
-from formation.core.clock import NS_PER_MS
-from formation.core.codec import decode, encode, verify_ed25519
-from formation.core.errors import DecodeError, DeniedError, FormationError, NotFoundError, UnavailableError, UsageError
+from formation.core.codec import decode, encode
+from formation.core.errors import DecodeError, DeniedError, FormationError, NotFoundError, UnavailableError
 from formation.core.ids import NodeId
-from formation.core.intent import check_intent, parse_intent
+from formation.node.permit import PERMIT_SIZE_MAX_BYTES, check_key_in_force, check_signed, parse_permit
+from formation.node.problem import HTTP_STATUS, error_json
 from formation.node.reads import Reads
 from formation.p2p.framing import receive_frame, send_frame
 from formation.p2p.service import P2pService
+from formation.p2p.serving import run_while
 from formation.p2p.slots import Slots
 from formation.p2p.transport import READ_SIZE_MAX_BYTES, ByteStream
 
@@ -37,8 +40,6 @@ log = structlog.get_logger(__name__)
 
 PROTOCOL = "/formation/api/1"
 PERMIT_VERB = "node.read"
-# A permit is an intent with an empty body: about 250 bytes.
-PERMIT_SIZE_MAX_BYTES = 2 * 1024
 PATH_LENGTH_MAX = 512
 QUERY_LENGTH_MAX = 1024
 # The three above, in UTF-8, with their heads.
@@ -216,33 +217,9 @@ class Forward:
         check_route(request.method, request.path)
         if self._serve_here is None:
             raise UnavailableError("it is starting", hint="try again in a moment")
-        serve = self._serve_here
-        has_left, failure = False, None
-
-        async def wait_gone() -> None:
-            nonlocal has_left
-            # What it sends beyond its request is nothing that we know: only its end counts.
-            try:
-                while await stream.receive_some(READ_SIZE_MAX_BYTES):
-                    pass
-            except UnavailableError:
-                pass
-            has_left = True
-            nursery.cancel_scope.cancel()
-
+        job = partial(self._serve_here, request.method, request.path, request.query, answer.begin, answer.send)
         with trio.fail_after(SERVE_TIMEOUT_S):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(wait_gone)
-                try:
-                    await serve(request.method, request.path, request.query, answer.begin, answer.send)
-                except FormationError as exc:
-                    # Not raised here: the nursery would wrap it.
-                    failure = exc
-                nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-        if has_left:
-            raise UnavailableError("the asker went", hint="")
+            await run_while(job, partial(_wait_end, stream))
 
     def _check_permit(self, raw: bytes) -> None:
         hint = "its settings name who may: node.operators"
@@ -250,19 +227,20 @@ class Forward:
             raise DeniedError(
                 "it answers its operators only, and no permit came along", hint="FORMATION_ACCOUNT_KEY names a key"
             )
-        try:
-            permit = parse_intent(raw)
-        except DecodeError as exc:
-            raise UsageError(f"not a permit: {exc.message}", hint="is the client older or newer than this node?") from exc
-        now_ms = self._reads.clock.now_ns() // NS_PER_MS
-        check_intent(verify_ed25519, permit, network_id=self._reads.manifest.network_id, now_ms=now_ms)
+        permit = parse_permit(raw)
+        check_signed(self._reads, permit)
         if permit.intent.verb != PERMIT_VERB or permit.intent.object_id != self._reads.node_id:
             raise DeniedError("the permit is for something else", hint=hint)
         if permit.account_id not in self._reads.settings.operators:
             raise DeniedError(f"account {permit.account_id} is none of its operators", hint=hint)
-        # Anybody can sign with a key of their own in the operator's name.
-        if permit.intent.key != self._reads.state.replica.state.accounts.key_in_force(permit.account_id):
-            raise DeniedError("the permit is signed by a key that is not in force", hint="formation account show")
+        check_key_in_force(self._reads, permit)
+
+
+async def _wait_end(stream: ByteStream) -> None:
+    # What it sends beyond its request is nothing that we know: only its end counts.
+    with contextlib.suppress(UnavailableError):
+        while await stream.receive_some(READ_SIZE_MAX_BYTES):
+            pass
 
 
 _HINT = "formation peer list shows who is connected"
@@ -288,9 +266,8 @@ class _Answering:
             await self._stream.send_all(data)
 
     async def refuse(self, error: FormationError, *, node_name: str) -> None:
-        body: dict[str, Any] = {
-            "error": {"code": error.code, "message": f"node {node_name}: {error.message}"[:1000], "hint": error.hint}
-        }
+        body = error_json(error)
+        body["error"]["message"] = f"node {node_name}: {error.message}"[:1000]
         try:
             await self.begin(_STATUS.get(error.code, 500), "application/json")
             await self.send(msgspec.json.encode(body))
@@ -298,4 +275,5 @@ class _Answering:
             log.debug("forward.refusal_unsent", reason=exc.message)
 
 
-_STATUS = {"usage": 400, "decode": 400, "denied": 403, "not_found": 404, "conflict": 409, "unavailable": 503, "quorum": 503}
+# A request that is none: here the asker is to blame, not a peer of the asked node.
+_STATUS = HTTP_STATUS | {"decode": 400}

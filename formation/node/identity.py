@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 
 from formation.core.errors import HostError, UsageError
-from formation.core.keys import KeyPair, read_key_file, write_key_file
+from formation.core.keys import KeyPair, read_key_file, read_secret_file, write_key_file
 from formation.p2p.network_key import FILE_SIZE_MAX_BYTES, HINT, parse_network_key
 
 KEY_FILE_NAME = "node.key"
@@ -49,9 +48,7 @@ def read_network_key(path: Path) -> bytes:
       UsageError: there is none, it is not a key, or others can read it.
     """
     try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(path.stat().st_mode)
-            data = file.read(FILE_SIZE_MAX_BYTES + 1)
+        data, mode = read_secret_file(path, size_max_bytes=FILE_SIZE_MAX_BYTES)
     except OSError as exc:
         hint = HINT if isinstance(exc, FileNotFoundError) else "check its owner and mode"
         raise UsageError(f"node.network_key: cannot read {path}: {exc.strerror}", hint=hint) from exc

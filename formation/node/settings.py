@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from formation.core.config import Value, check_socket_path
 from formation.core.errors import HostError, UsageError
@@ -77,7 +77,7 @@ def node_settings(merged: Mapping[str, Value]) -> NodeSettings:
         deny_peers=_node_ids(value("deny_peers"), "node.deny_peers"),
         network_key=_absolute(value("network_key")) if value("network_key") else None,
         security=_security(value("security")),
-        operators=_account_ids(value("operators")),
+        operators=_account_ids(value("operators"), "node.operators"),
         public_address=str(value("public_address")),
         api_socket=check_socket_path(_absolute(value("api_socket"))),
         api_tcp=api_tcp,
@@ -90,33 +90,28 @@ def node_settings(merged: Mapping[str, Value]) -> NodeSettings:
 
 
 def _node_ids(value: object, setting: str) -> frozenset[NodeId]:
+    hint = "a node id looks like 12D3KooW…: formation peer list shows them, and formation network node-id one's own"
+    return frozenset(map(NodeId, _checked(value, setting, public_key_of_node, what="a node id", hint=hint)))
+
+
+def _account_ids(value: object, setting: str) -> frozenset[AccountId]:
+    hint = "formation key list shows yours"
+    return frozenset(map(AccountId, _checked(value, setting, public_key_of_account, what="an account's id", hint=hint)))
+
+
+def _checked(value: object, setting: str, check: Callable[[Any], object], *, what: str, hint: str) -> list[str]:
     assert isinstance(value, list)
     for text in value:
         try:
-            public_key_of_node(NodeId(text))
+            check(text)
         except UsageError as exc:
-            raise UsageError(
-                f"{setting}: {text[:64]!r} is not a node id",
-                hint="a node id looks like 12D3KooW…: formation peer list shows them, and formation network node-id one's own",
-            ) from exc
-    return frozenset(map(NodeId, value))
+            raise UsageError(f"{setting}: {text[:64]!r} is not {what}", hint=hint) from exc
+    return value
 
 
 def _security(value: object) -> Literal["noise", "tls", "both"]:
     assert value in ("noise", "tls", "both")
     return value
-
-
-def _account_ids(value: object) -> frozenset[AccountId]:
-    assert isinstance(value, list)
-    for text in value:
-        try:
-            public_key_of_account(text)
-        except UsageError as exc:
-            raise UsageError(
-                f"node.operators: {text[:64]!r} is not an account's id", hint="formation key list shows yours"
-            ) from exc
-    return frozenset(map(AccountId, value))
 
 
 def split_host_port(text: str) -> tuple[str, int]:

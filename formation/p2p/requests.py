@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
 import trio
@@ -15,6 +16,7 @@ from formation.core.ids import NodeId
 from formation.p2p.calls import AnswerDecoder, encode_answer, encode_error
 from formation.p2p.frames import FrameDecoder, encode_frame
 from formation.p2p.score import Offence
+from formation.p2p.serving import run_while
 from formation.p2p.traffic import Traffic
 from formation.p2p.transport import READ_SIZE_MAX_BYTES, ByteStream, OffenceCallback, Transport
 
@@ -138,7 +140,8 @@ class Requests:
         self.counters.served_count += 1
         try:
             with trio.fail_after(SERVE_TIMEOUT_S):
-                return encode_answer(await _while_asked(handler, node_id, payload, stream))
+                # Who lets go of the stream waits no more.
+                return encode_answer(await run_while(partial(handler, node_id, payload), stream.wait_reset))
         except FormationError as exc:
             return encode_error(exc)
         except trio.TooSlowError:
@@ -162,28 +165,6 @@ class Requests:
                 raise
             if frames:
                 return frames[0]
-
-
-async def _while_asked(handler: RequestHandler, node_id: NodeId, payload: bytes, stream: ByteStream) -> bytes:
-    """What the handler says; it is cancelled when the asker lets go of the stream, for nobody would hear it."""
-    outcome: list[bytes | Exception] = []
-
-    async def cancel_when_gone() -> None:
-        await stream.wait_reset()
-        nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(cancel_when_gone)
-        try:
-            outcome.append(await handler(node_id, payload))
-        except Exception as exc:  # noqa: BLE001 - raised again below: the nursery would wrap it
-            outcome.append(exc)
-        nursery.cancel_scope.cancel()
-    if not outcome:
-        raise UnavailableError("the asker went", hint="")
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
 
 
 async def _receive_answer(stream: ByteStream, node_id: NodeId, size_max_bytes: int) -> bytes:

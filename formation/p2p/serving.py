@@ -1,6 +1,9 @@
-"""How a transport runs a stream handler: the one boundary where a handler's failure stops."""
+"""How a stream handler is run: the one boundary where its failure stops, and work that ends when its asker goes."""
 
 from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import structlog
 import trio
@@ -13,7 +16,13 @@ from formation.p2p.transport import READ_SIZE_MAX_BYTES, ByteStream, StreamHandl
 LINGER_S = 10.0
 LINGER_SIZE_MAX_BYTES = 1 << 20
 
+T = TypeVar("T")
+
 _logger = structlog.get_logger(__name__)
+
+
+class AskerGoneError(UnavailableError):
+    """Nobody waits for the answer any more."""
 
 
 async def serve_one(handler: StreamHandler, node_id: NodeId, stream: ByteStream) -> bool:
@@ -31,6 +40,34 @@ async def serve_one(handler: StreamHandler, node_id: NodeId, stream: ByteStream)
         return True
     finally:
         await stream.aclose()
+
+
+async def run_while(job: Callable[[], Awaitable[T]], wait_gone: Callable[[], Awaitable[object]]) -> T:
+    """What a job gives. It is cancelled as soon as `wait_gone` returns, for nobody would hear it.
+
+    Raises:
+      AskerGoneError: it was cancelled so.
+      Exception: what the job raised, as it is.
+    """
+    outcome: list[T] = []
+    failure: Exception | None = None
+
+    async def cancel_when_gone() -> None:
+        await wait_gone()
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cancel_when_gone)
+        try:
+            outcome.append(await job())
+        except Exception as exc:  # noqa: BLE001 - raised again below: the nursery would wrap it
+            failure = exc
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    if not outcome:
+        raise AskerGoneError("the asker went", hint="")
+    return outcome[0]
 
 
 async def _linger(stream: ByteStream) -> None:

@@ -28,11 +28,11 @@ from formation.node.api import (
     LOG_TAIL_LINES_MAX,
     ApiParts,
     TokenGuard,
-    error_json,
     make_api,
     only_formation_error,
 )
 from formation.node.door import EFFECT_TIMEOUT_S, INTENT_SIZE_MAX_BYTES
+from formation.node.problem import error_json
 from formation.node.stream import FOLLOWER_COUNT_MAX, KEEP_ALIVE_S, STALL_TIMEOUT_S
 from formation.pack.service import BuildProgress, PackService
 from formation.state.feed import Feed, Level

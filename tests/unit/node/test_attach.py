@@ -18,13 +18,13 @@ from formation.core.intent import LIFETIME_MS
 from formation.core.spec import Placement, VmRecord
 from formation.node.attach import (
     ANSWER_TIMEOUT_S,
-    PERMIT_SIZE_MAX_BYTES,
     PROTOCOL,
     REQUEST_SIZE_MAX_BYTES,
     SESSION_PER_PEER_MAX,
     STALL_TIMEOUT_S,
     AttachRequest,
 )
+from formation.node.permit import PERMIT_SIZE_MAX_BYTES
 from formation.p2p.transport import ByteStream
 from formation.vmm.twin import TwinVm
 from tests.unit.node.asgi import Answer

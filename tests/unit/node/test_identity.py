@@ -88,3 +88,11 @@ def test_a_network_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"secret")
     with pytest.raises(UsageError, match="is not the key of a private network"):
         read_network_key(path)
+
+
+def test_a_pipe_in_place_of_the_network_key_does_not_hang(tmp_path: Path) -> None:
+    """It holds no key, and nobody may ever write to it."""
+    path = tmp_path / "network.key"
+    os.mkfifo(path, 0o600)
+    with pytest.raises(UsageError, match="is not the key of a private network"):
+        read_network_key(path)
