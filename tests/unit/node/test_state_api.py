@@ -311,11 +311,14 @@ async def test_why_an_operation_is_void(tmp_path: Path, jumping_clock: trio.abc.
         await nodes.stop(0)
         async with trio.open_nursery() as nursery:
             await nodes.start(nursery, 0)
+            # What was final a moment ago may not have been on its disk yet; the others still have it.
+            with trio.fail_after(60):
+                await nodes[0].state.wait_final(token)
             again = await get(nodes, f"/v1/ops/{op['op']}")
+            assert again["level"] == "final"
             assert again["void"] == op["void"]
             assert (again["height"], again["final_index"]) == (op["height"], op["final_index"])
-            # Its own ack is in the journal, those of others are not.
-            assert again["signers"] == ["n0"]
+            assert "n0" in again["signers"]
             nursery.cancel_scope.cancel()
 
 

@@ -193,10 +193,14 @@ async def test_a_vm_from_intent_to_ready(autojump_clock: trio.abc.Clock) -> None
             await first.append_intent(cluster.wish(VmDeleted.verb, event_body(VmDeleted()), vm.vm_id, key=OTHER))
         stop = VmDesired(desired=Desired.STOPPED, generation=1)
         await first.append_intent(cluster.wish(stop.verb, event_body(stop), vm.vm_id))
-        token = await first.append_intent(cluster.wish(VmDeleted.verb, event_body(VmDeleted()), vm.vm_id), level=Level.FINAL)
+        deletion = cluster.wish(VmDeleted.verb, event_body(VmDeleted()), vm.vm_id)
+        token = await first.append_intent(deletion, level=Level.FINAL)
         await second.wait_final(token)
         await eventually(lambda: second.view.vm_is_deleted(vm.vm_id))
         assert second.view.vms() == ()
+        # Handed over again, here and at another node, by somebody who did not hear that it was taken.
+        for service in (first, second):
+            await service.wait_certified(await service.append_intent(deletion))
         with pytest.raises(NotFoundError):
             await first.append_intent(cluster.wish(VmDeleted.verb, event_body(VmDeleted()), vm.vm_id))
 
