@@ -20,6 +20,7 @@ SCENARIOS = {
     "create": "bench.macro.create",
     "gossip": "bench.macro.p2p_gossip",
     "stream": "bench.macro.p2p_stream",
+    "slow_line": "bench.macro.p2p_slow_line",
     "discovery": "bench.macro.p2p_discovery",
     "idle_peers": "bench.macro.p2p_idle",
 }

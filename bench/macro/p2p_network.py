@@ -25,6 +25,8 @@ from typing import Any
 from bench.macro.state_network import CannotMeasureError
 
 OURS, JS = "ours", "js"
+# Ours, with streams that are all alike.
+UNORDERED = "unordered"
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 JS_PACKAGES = ROOT / "tests" / "interop" / "node_modules" / "libp2p"
@@ -41,7 +43,7 @@ _POLL_S = 0.05
 
 def missing_reason(kind: str) -> str | None:
     """Why this kind of peer cannot run on this machine; None: it can."""
-    if kind == OURS:
+    if kind in (OURS, UNORDERED):
         return None
     node = shutil.which("node")
     if node is None:
@@ -66,11 +68,13 @@ def present_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
 class PeerProcess:
     """One peer."""
 
-    def __init__(self, kind: str, seed: bytes, *, discovers: bool) -> None:
-        options: dict[str, Any] = {"seed": seed.hex(), "discovers": discovers}
+    def __init__(self, kind: str, seed: bytes, *, discovers: bool, namespace: str = "") -> None:
+        options: dict[str, Any] = {"seed": seed.hex(), "discovers": discovers, "is_bulk": kind != UNORDERED}
         if kind == OURS and PROFILE_FOLDER:
             options["profile"] = f"{PROFILE_FOLDER}/{seed.hex()[:8]}.prof"
         program = ["node", str(FOLDER / "p2p_peer.mjs")] if kind == JS else [sys.executable, "-m", "bench.macro.p2p_peer"]
+        if namespace:
+            program = ["ip", "netns", "exec", namespace, *program]
         self.kind = kind
         # What a peer says to stderr may be long; a pipe that nobody reads would stop it.
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in `end`
@@ -179,12 +183,18 @@ class PeerProcess:
 
 
 @contextmanager
-def running_peers(kinds: Sequence[str], *, seed: str = "", discovers: bool = False) -> Iterator[list[PeerProcess]]:
-    """One peer of each of these kinds, listening on loopback and connected to nobody; the same ids for the same seed."""
+def running_peers(
+    kinds: Sequence[str], *, seed: str = "", discovers: bool = False, namespace: str = ""
+) -> Iterator[list[PeerProcess]]:
+    """One peer of each of these kinds, listening on loopback and connected to nobody; the same ids for the same seed.
+
+    With `namespace`, on that network namespace's loopback.
+    """
     peers: list[PeerProcess] = []
     try:
         for index, kind in enumerate(kinds):
-            peers.append(PeerProcess(kind, random.Random(f"{seed}/{index}").randbytes(32), discovers=discovers))
+            key_seed = random.Random(f"{seed}/{index}").randbytes(32)
+            peers.append(PeerProcess(kind, key_seed, discovers=discovers, namespace=namespace))
         for peer in peers:
             peer.wait_ready()
         yield peers

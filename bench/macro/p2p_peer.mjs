@@ -189,7 +189,11 @@ const commands = {
     for (let i = 0; i < count; i++) {
       const begun = nowNs()
       await send(stream, new Uint8Array(size))
-      for (let got = 0; got < size;) got += (await pieces.next()).value.byteLength
+      for (let got = 0; got < size;) {
+        const { done, value } = await pieces.next()
+        if (done) throw new Error(`the stream ended after ${i} answers`)
+        got += value.byteLength
+      }
       latenciesUs.push(Math.round((nowNs() - begun) / 1000))
     }
     await stream.close()

@@ -66,14 +66,14 @@ class Received:
 class Peer:
     """What the commands do."""
 
-    def __init__(self, service: P2pService, nursery: trio.Nursery) -> None:
+    def __init__(self, service: P2pService, nursery: trio.Nursery, *, is_bulk: bool) -> None:
         self.service = service
         self._nursery = nursery
         self._received = Received()
         self._linked: tuple[NodeId, ...] = ()
         self._farm: list[P2pService] = []
         service.serve_stream(ECHO, _echo)
-        service.serve_stream(SINK, _sink)
+        service.serve_stream(SINK, _sink, is_bulk=is_bulk)
         service.on_frame(self._take_frame)
 
     async def _take_frame(self, node_id: NodeId, frame: bytes) -> None:
@@ -286,15 +286,15 @@ async def _answer(number: int, call: Callable[[], Awaitable[Any]]) -> None:
         _say({"id": number, "error": f"{type(exc).__name__}: {exc}"})
 
 
-async def serve(seed: str, *, discovers: bool) -> None:
-    """Be a peer until stdin ends."""
+async def serve(seed: str, *, discovers: bool, is_bulk: bool = True) -> None:
+    """Be a peer until stdin ends; with `is_bulk`, what is poured lets other streams go first."""
     # A mesh is measured as it was drawn, and as many peers are kept as there are.
     if not discovers:
         discovery.LOW_WATER = 0
         discovery.HIGH_WATER = 10_000
     service = make_service(KeyPair(bytes.fromhex(seed)))
     async with trio.open_nursery() as nursery:
-        peer = Peer(service, nursery)
+        peer = Peer(service, nursery, is_bulk=is_bulk)
         addresses: tuple[str, ...] = await nursery.start(service.run)
         _say({"ready": service.node_id, "addresses": addresses})
         async for line in _lines():
@@ -309,7 +309,8 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    run = partial(trio.run, partial(serve, options["seed"], discovers=options["discovers"]))
+    is_bulk = options.get("is_bulk", True)
+    run = partial(trio.run, partial(serve, options["seed"], discovers=options["discovers"], is_bulk=is_bulk))
     if profile := options.get("profile"):
         profiler = cProfile.Profile()
         try:

@@ -86,7 +86,7 @@ class Attach:
         self._slots = Slots(count_max=SESSION_COUNT_MAX, per_peer_max=SESSION_PER_PEER_MAX)
         self._typing: dict[str, list[ByteStream]] = {}
         """Consoles on other nodes that are open through this one, by VM; several people may look at one."""
-        p2p.serve_stream(PROTOCOL, self._serve)
+        p2p.serve_stream(PROTOCOL, self._serve, is_bulk=True)
 
     @asynccontextmanager
     async def open(self, vm: VmRecord, request: AttachRequest) -> AsyncIterator[AsyncIterator[bytes]]:

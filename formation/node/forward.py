@@ -136,7 +136,7 @@ class Forward:
         self._slots = Slots(count_max=SERVED_COUNT_MAX, per_peer_max=SERVED_PER_PEER_MAX)
         self._asking = trio.CapacityLimiter(ASKED_COUNT_MAX)
         self._serve_here: Serve | None = None
-        p2p.serve_stream(PROTOCOL, self._serve)
+        p2p.serve_stream(PROTOCOL, self._serve, is_bulk=True)
 
     def serve_with(self, serve: Serve) -> None:
         """Set the API that answers; until then others are told that this node is starting."""

@@ -105,6 +105,7 @@ class Libp2pTransport:
         self._listen = list(listen)
         self._announce = list(announce)
         self._handlers: dict[str, StreamHandler] = {}
+        self._bulk_protocols: set[str] = set()
         self._topics: dict[str, tuple[Validate, Deliver]] = {}
         self._callbacks: list[ConnectionCallback] = []
         self._offence_callbacks: list[OffenceCallback] = []
@@ -155,7 +156,7 @@ class Libp2pTransport:
         )
         host.get_network().admission.is_reserved = self._is_reserved
         for protocol, handler in self._handlers.items():
-            host.set_stream_handler(protocol, self._stream_handler(handler))
+            host.set_stream_handler(protocol, self._stream_handler(protocol, handler))
         host.get_network().register_notifee(_Notifee(self))
         try:
             async with host.run(self._listen):
@@ -327,25 +328,30 @@ class Libp2pTransport:
             raise UnavailableError(f"not connected to {node_id}", hint="is that node running?")
         try:
             with trio.fail_after(OPEN_TIMEOUT_S):
-                return Libp2pStream(await host.new_stream(peer_id, [protocol]), node_id)
+                stream = await host.new_stream(peer_id, [protocol])
+                return Libp2pStream(stream, node_id, is_bulk=protocol in self._bulk_protocols)
         except Exception as exc:
             raise UnavailableError(
                 f"{node_id} opens no stream for {protocol}: {_reason(exc)}", hint="it may run another version, or be stopping"
             ) from exc
 
-    def serve_stream(self, protocol: str, handler: StreamHandler) -> None:
+    def serve_stream(self, protocol: str, handler: StreamHandler, *, is_bulk: bool = False) -> None:
         """See Transport."""
         self._handlers[protocol] = handler
+        if is_bulk:
+            self._bulk_protocols.add(protocol)
         if self._host is not None:
-            self._host.set_stream_handler(protocol, self._stream_handler(handler))
+            self._host.set_stream_handler(protocol, self._stream_handler(protocol, handler))
 
-    def _stream_handler(self, handler: StreamHandler) -> Any:
+    def _stream_handler(self, protocol: str, handler: StreamHandler) -> Any:
+        is_bulk = protocol in self._bulk_protocols
+
         async def handle(library_stream: Any) -> None:
             node_id = NodeId(library_stream.muxed_conn.peer_id.to_base58())
             if self._is_refused(node_id):
                 await library_stream.reset()
                 return
-            if not await serve_one(handler, node_id, Libp2pStream(library_stream, node_id)):
+            if not await serve_one(handler, node_id, Libp2pStream(library_stream, node_id, is_bulk=is_bulk)):
                 self._stream_failed_count += 1
 
         return handle

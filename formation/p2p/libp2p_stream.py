@@ -22,10 +22,11 @@ class Libp2pStream:
 
     __slots__ = ("_eof_received", "_eof_sent", "_muxed", "_node_id", "_stream")
 
-    def __init__(self, stream: Any, node_id: NodeId) -> None:
+    def __init__(self, stream: Any, node_id: NodeId, *, is_bulk: bool = False) -> None:
         self._stream = stream
         # Read and written without the library's own states, which cost a round of the scheduler each.
         self._muxed = stream.muxed_stream
+        self._muxed.is_bulk = is_bulk
         self._node_id = node_id
         self._eof_sent = False
         self._eof_received = False

@@ -300,8 +300,8 @@ class LoopbackTransport:
         if not await serve_one(handler, node_id, stream):
             self._stream_failed_count += 1
 
-    def serve_stream(self, protocol: str, handler: StreamHandler) -> None:
-        """See Transport."""
+    def serve_stream(self, protocol: str, handler: StreamHandler, *, is_bulk: bool = False) -> None:
+        """See Transport; its lines have no end of room, so nothing need go first."""
         self._handlers[protocol] = handler
 
     # --- gossip ------------------------------------------------------------------------------------------------------

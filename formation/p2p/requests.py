@@ -100,7 +100,7 @@ class Requests:
                     # The last one: nothing is kept for peers that come and go.
                     self._asking.pop(node_id, None)
 
-    def serve(self, protocol: str, handler: RequestHandler, *, request_size_max_bytes: int) -> None:
+    def serve(self, protocol: str, handler: RequestHandler, *, request_size_max_bytes: int, is_bulk: bool = False) -> None:
         """Answer requests of a protocol."""
         traffic = self.counters.of(protocol)
 
@@ -113,7 +113,7 @@ class Requests:
         async def handle(node_id: NodeId, stream: ByteStream) -> None:
             await self._serve_one(counted, node_id, stream, request_size_max_bytes)
 
-        self._transport.serve_stream(protocol, handle)
+        self._transport.serve_stream(protocol, handle, is_bulk=is_bulk)
 
     async def _serve_one(self, handler: RequestHandler, node_id: NodeId, stream: ByteStream, size_max_bytes: int) -> None:
         limit = SERVED_PER_PEER_MAX if self._serving.total() < SERVED_COUNT_MAX else SERVED_SHARE_MIN

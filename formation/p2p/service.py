@@ -238,9 +238,14 @@ class P2pService:
         """
         return await self._visits.ask(node_id, addresses, protocol, payload, response_size_max_bytes=response_size_max_bytes)
 
-    def serve_requests(self, protocol: str, handler: RequestHandler, *, request_size_max_bytes: int) -> None:
-        """Answer requests of a protocol; a FormationError that the handler raises travels to the caller."""
-        self._requests.serve(protocol, handler, request_size_max_bytes=request_size_max_bytes)
+    def serve_requests(
+        self, protocol: str, handler: RequestHandler, *, request_size_max_bytes: int, is_bulk: bool = False
+    ) -> None:
+        """Answer requests of a protocol; a FormationError that the handler raises travels to the caller.
+
+        With `is_bulk`, questions and answers let other streams go first, as in `serve_stream`.
+        """
+        self._requests.serve(protocol, handler, request_size_max_bytes=request_size_max_bytes, is_bulk=is_bulk)
 
     async def open_stream(self, node_id: NodeId, protocol: str) -> ByteStream:
         """A new stream to a peer; connects to it first if need be. Close it with `aclose`.
@@ -251,9 +256,9 @@ class P2pService:
         await self._discovery.connect(node_id)
         return await self._transport.open_stream(node_id, protocol)
 
-    def serve_stream(self, protocol: str, handler: StreamHandler) -> None:
-        """Answer streams of a protocol; a stream is closed when its handler returns or raises."""
-        self._transport.serve_stream(protocol, handler)
+    def serve_stream(self, protocol: str, handler: StreamHandler, *, is_bulk: bool = False) -> None:
+        """Answer streams of a protocol; a stream is closed when its handler returns or raises. `is_bulk`: see Transport."""
+        self._transport.serve_stream(protocol, handler, is_bulk=is_bulk)
 
     # --- gossip ------------------------------------------------------------------------------------------------------
 

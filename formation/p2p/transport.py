@@ -166,8 +166,14 @@ class Transport(Protocol):
         """
         ...
 
-    def serve_stream(self, protocol: str, handler: StreamHandler) -> None:
-        """Answer streams of a protocol; before or after `run`."""
+    def serve_stream(self, protocol: str, handler: StreamHandler, *, is_bulk: bool = False) -> None:
+        """Answer streams of a protocol; before or after `run`.
+
+        Args:
+          protocol: its name; who opens streams of it serves it too.
+          handler: of each stream.
+          is_bulk: what is sent on its streams, in both directions, lets that of others go first where a line is slow.
+        """
         ...
 
     async def publish(self, topic: str, data: bytes) -> None:

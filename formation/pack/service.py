@@ -124,7 +124,7 @@ class PackService:
           HostError: the data directory can not be used.
         """
         await trio.to_thread.run_sync(self._images.recover)
-        self._p2p.serve_stream(PROTOCOL, self._server.serve)
+        self._p2p.serve_stream(PROTOCOL, self._server.serve, is_bulk=True)
         log.info("pack.started", images=len(self._images.held))
         task_status.started(None)
         await trio.sleep_forever()

@@ -121,7 +121,7 @@ class CellReader:
         """(network, committee that was trusted) → the highest checkpoint that was proven."""
         self.served_count = 0
         self.refused_count = 0
-        p2p.serve_requests(PROTOCOL, self.serve, request_size_max_bytes=REQUEST_SIZE_MAX_BYTES)
+        p2p.serve_requests(PROTOCOL, self.serve, request_size_max_bytes=REQUEST_SIZE_MAX_BYTES, is_bulk=True)
 
     def now_ms(self) -> int:
         """By this node's clock."""

@@ -166,7 +166,7 @@ class StateService:
         self._failure: HostError | None = None
         p2p.on_frame(self._on_frame)
         p2p.on_link(self._on_link)
-        p2p.serve_requests(sync.PROTOCOL, self._serve_sync, request_size_max_bytes=sync.REQUEST_SIZE_MAX_BYTES)
+        p2p.serve_requests(sync.PROTOCOL, self._serve_sync, request_size_max_bytes=sync.REQUEST_SIZE_MAX_BYTES, is_bulk=True)
         p2p.on_peer(self._on_peer)
         self._takes_part = self._seeks_relay = False
         self._look_for_relays()

@@ -37,7 +37,7 @@ from formation.core.keys import KeyPair
 from formation.p2p.libp2p_admission import CONNECTIONS_PER_PEER_MAX, HANDSHAKE_COUNT_MAX
 from formation.p2p.libp2p_gossip import signed_part
 from formation.p2p.libp2p_host import Libp2pTransport, make_libp2p_transport
-from formation.p2p.libp2p_muxer import Muxer
+from formation.p2p.libp2p_muxer import UNSENT_SIZE_HIGH_BYTES, Muxer
 from formation.p2p.libp2p_patches import apply_patches
 from formation.p2p.libp2p_setup import parse_id
 from formation.p2p.score import BAN_SCORE, Offence
@@ -301,7 +301,7 @@ async def streams_without_end(stage: Stage) -> None:
             muxer = await stage.muxed(key_of(number), nursery, "127.0.0.7")
             index = 1
             while opened_count < 25_000 and not muxer.event_closed.is_set():
-                await muxer.wait_for_room()
+                await muxer.wait_for_room(UNSENT_SIZE_HIGH_BYTES)
                 for _ in range(100):
                     muxer._send(frame_of(index))
                     index += 2
@@ -374,7 +374,7 @@ async def ping_flood(stage: Stage) -> None:
             for number, frame in ((30, HEADER.pack(0, TYPE_PING, FLAG_SYN, 0, 7)), (31, HEADER.pack(0, TYPE_WINDOW, 0, 1, 1))):
                 muxer = await stage.muxed(key_of(number), nursery)
                 while not muxer.event_closed.is_set():
-                    await muxer.wait_for_room()
+                    await muxer.wait_for_room(UNSENT_SIZE_HIGH_BYTES)
                     muxer._send(frame * 1000)
                     await trio.lowlevel.checkpoint()
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 
 import pytest
 
+from bench.macro import p2p_slow_line
 from bench.macro.p2p_discovery import find_all
 from bench.macro.p2p_gossip import DIRECT, GOSSIP, edges_of, run, running_mesh
 from bench.macro.p2p_network import OURS, all_do, connect, running_peers
@@ -50,6 +52,17 @@ def test_stream_counts_what_the_other_side_read() -> None:
         assert one("pour", peer=other.node_id, size=1 << 20, piece=65536)["size"] == 1 << 20
         assert len(one("round_trips", peer=other.node_id, count=3, size=32)) == 3
         assert len(one("requests", peer=other.node_id, count=3, size=32)) == 3
+
+
+@pytest.mark.skipif(p2p_slow_line.missing_reason() is not None, reason=str(p2p_slow_line.missing_reason()))
+def test_questions_are_asked_on_a_slow_line_while_others_pour() -> None:
+    """In a namespace that is gone afterwards; what was poured arrived, at no more than the line carries."""
+    samples = p2p_slow_line.measure(p2p_slow_line.SMALL)
+    carried = samples["beside 2 streams: what they carried together; MB/s", OURS]
+    assert 0 < carried[0] <= 1.05 * p2p_slow_line.LINE_MBIT_PER_S / 8
+    assert samples["beside 2 streams: p50; ms", OURS][0] > 0
+    listing = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert f"fmnslow{os.getpid()}" not in listing
 
 
 def test_all_find_all_from_one_address() -> None:

@@ -89,5 +89,5 @@ class NoPeers(P2pService):
     def node_id(self) -> NodeId:
         return KeyPair(bytes(32)).node_id
 
-    def serve_stream(self, protocol: str, handler: StreamHandler) -> None:
+    def serve_stream(self, protocol: str, handler: StreamHandler, *, is_bulk: bool = False) -> None:
         self.served[protocol] = handler
