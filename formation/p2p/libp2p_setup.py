@@ -6,9 +6,12 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import structlog
+from cryptography import x509
+from cryptography.x509.oid import NameOID
 from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519_key_pair
@@ -18,7 +21,7 @@ from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
 from libp2p.security.tls.transport import PROTOCOL_ID as TLS
-from libp2p.security.tls.transport import TLSTransport
+from libp2p.security.tls.transport import IdentityConfig, TLSTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from multiaddr.utils import get_thin_waist_addresses  # type: ignore[import-untyped]
@@ -33,6 +36,7 @@ from formation.p2p.libp2p_muxer import Muxer
 INTERFACES_TTL_S = 60.0
 # The library's own limits refuse whoever comes last; `admission` decides long before they are reached.
 _UNLIMITED = 1 << 20
+_CERTIFICATE_AGE, _CERTIFICATE_VALIDITY = timedelta(days=1), timedelta(days=36_500)
 
 Security = Literal["noise", "tls", "both"]
 """What connections are secured by; both: Noise, or TLS with peers that have no Noise."""
@@ -97,10 +101,13 @@ class _Tls(TLSTransport):  # type: ignore[misc] # the library is untyped here
     """Symptom: every handshake writes its key into a file of the temporary directory and removes it.
 
     Cause: OpenSSL reads keys from files only, and the library makes a context per handshake. Cure: one for each side, ever.
+
+    Symptom: js-libp2p refuses our certificate. Cause: it takes the first extension for the one with the peer's key, and the
+    library adds two more before it. Cure: a certificate with that one only, which is all that the specification asks for.
     """
 
     def __init__(self, key_pair: Any) -> None:
-        super().__init__(key_pair)
+        super().__init__(key_pair, identity_config=IdentityConfig(cert_template=_certificate()))
         self._contexts: dict[bool, ssl.SSLContext] = {}
 
     def create_ssl_context(self, server_side: bool = False) -> ssl.SSLContext:
@@ -108,6 +115,15 @@ class _Tls(TLSTransport):  # type: ignore[misc] # the library is untyped here
         if server_side not in self._contexts:
             self._contexts[server_side] = super().create_ssl_context(server_side)
         return self._contexts[server_side]
+
+
+def _certificate() -> x509.CertificateBuilder:
+    """A certificate's frame (libp2p TLS specification): self-signed, names and dates without meaning."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "libp2p")])
+    # In the past by as much as clocks may differ, and to a time that no process sees.
+    begins = datetime.now(UTC) - _CERTIFICATE_AGE
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).serial_number(x509.random_serial_number())
+    return builder.not_valid_before(begins).not_valid_after(begins + _CERTIFICATE_VALIDITY)
 
 
 class _Announced:

@@ -48,9 +48,9 @@ class JsError(Exception):
 class JsPeer:
     """One process of peer.mjs: commands in, answers out. Its methods block; call them from a thread where trio runs."""
 
-    def __init__(self, seed: bytes) -> None:
+    def __init__(self, seed: bytes, **options: str) -> None:
         self._process = subprocess.Popen(
-            ["node", str(FOLDER / "peer.mjs"), seed.hex()],
+            ["node", str(FOLDER / "peer.mjs"), seed.hex(), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -127,12 +127,12 @@ class JsPeer:
 
 
 @pytest.fixture
-def start_js() -> Iterator[Callable[[bytes], JsPeer]]:
-    """Starts peers by their 32-byte seed; they end with the test."""
+def start_js() -> Iterator[Callable[..., JsPeer]]:
+    """Starts peers by their 32-byte seed, and options as node.mjs knows them; they end with the test."""
     peers: list[JsPeer] = []
 
-    def start(seed: bytes) -> JsPeer:
-        peers.append(JsPeer(seed))
+    def start(seed: bytes, **options: str) -> JsPeer:
+        peers.append(JsPeer(seed, **options))
         return peers[-1]
 
     yield start

@@ -1,9 +1,12 @@
 // The js-libp2p node, with the settings that a Formation network needs.
 
 import './polyfill.mjs'
+import fs from 'node:fs'
 import { createLibp2p } from 'libp2p'
 import { tcp } from '@libp2p/tcp'
 import { noise } from '@libp2p/noise'
+import { preSharedKey } from '@libp2p/pnet'
+import { tls } from '@libp2p/tls'
 import { yamux } from '@libp2p/yamux'
 import { identify } from '@libp2p/identify'
 import { ping } from '@libp2p/ping'
@@ -15,13 +18,16 @@ import { KAD, unhex } from './formation.mjs'
 
 // 32 bytes; the node's key, and that of its lane.
 export const seed = unhex(process.argv[2])
+// security: "noise" (default) or "tls"; networkKey: a pre-shared key's file.
+const options = JSON.parse(process.argv[3] ?? '{}')
 export const MANY = { maxInboundStreams: 4096, maxOutboundStreams: 4096 }
 
 export const node = await createLibp2p({
   privateKey: await generateKeyPairFromSeed('Ed25519', seed),
   addresses: { listen: ['/ip4/127.0.0.1/tcp/0'] },
   transports: [tcp()],
-  connectionEncrypters: [noise()],
+  connectionEncrypters: [options.security === 'tls' ? tls() : noise()],
+  ...(options.networkKey ? { connectionProtector: preSharedKey({ psk: fs.readFileSync(options.networkKey) }) } : {}),
   streamMuxers: [yamux()],
   // By itself it takes 5 connections a second from one host, and dials no loopback address.
   connectionManager: { inboundConnectionThreshold: 1e6 },
