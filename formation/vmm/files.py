@@ -7,6 +7,7 @@
 | `disk.raw` | as long as the VM | ext4 in a sparse file |
 | `serial.log`, `serial.log.1` | as long as the VM | what it printed |
 | `qmp.sock`, `serial.sock`, `agent.sock` | as long as the process | its sockets |
+| `lease` | as long as the process | until when it may run: nanoseconds of CLOCK_BOOTTIME, for its `guard` |
 | `initrd.cpio` | until the process runs | the image's initrds and this VM's configuration |
 
 Everything here blocks and is called in a thread.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from formation.core.files import replace_durably
 from formation.core.ids import is_vm_id
 from formation.core.units import GIB
 from formation.vmm.devices import AGENT_SOCKET, DISK_FILE, INITRD_FILE, QMP_SOCKET, SERIAL_SOCKET
+from formation.vmm.guard import LEASE_FILE
 from formation.vmm.process import ProcessIdentity
 
 log = structlog.get_logger(__name__)
@@ -35,7 +38,9 @@ log = structlog.get_logger(__name__)
 SPEC_FILE = "spec.json"
 STATE_FILE = "state.json"
 # What exists only while the process does.
-RUNTIME_FILES = (SPEC_FILE, STATE_FILE, QMP_SOCKET, SERIAL_SOCKET, AGENT_SOCKET, INITRD_FILE)
+RUNTIME_FILES = (SPEC_FILE, STATE_FILE, QMP_SOCKET, SERIAL_SOCKET, AGENT_SOCKET, INITRD_FILE, LEASE_FILE)
+# Longer than any machine runs; the kernel's clocks end at 292 years.
+_LEASE_S_MAX = 100 * 365 * 24 * 3600.0
 # Making an ext4 in a sparse file takes 0.1 s; a disk that needs this long is broken.
 MAKE_DISK_DEADLINE_S = 60.0
 # No space is kept for root: the file system is the VM's alone. Tables are zeroed later, in the guest.
@@ -134,6 +139,22 @@ class VmFolder:
     def write_spec(self, arguments: tuple[str, ...]) -> None:
         """Write down what is booted."""
         write_durably(self.path / SPEC_FILE, msgspec.json.format(msgspec.json.encode({"arguments": arguments}), indent=1))
+
+    def write_lease(self, left_s: float) -> None:
+        """Let its process run so much longer, and no more than that; infinite: without end. Does not wait for the disk.
+
+        Raises:
+          HostError: it cannot be written; what was there holds.
+        """
+        path = self.path / LEASE_FILE
+        try:
+            # A lease of an earlier boot of the machine is of no use to anybody, so it need not survive a crash.
+            temporary = path.with_suffix(".tmp")
+            now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            temporary.write_text(str(now_ns + int(min(left_s, _LEASE_S_MAX) * 1e9)))
+            temporary.replace(path)
+        except OSError as exc:
+            raise HostError(f"cannot write the lease of {self.vm_id}: {exc.strerror}", hint="is the node's disk full?") from exc
 
     def write_state(self, state: VmState) -> None:
         """Write the record of the process."""

@@ -7,6 +7,7 @@ closed socket, and its exit code proves nothing; (5) the guest's words are hosti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -67,6 +68,8 @@ class BootRequest:
     config_cpio: bytes
     """Appended to the initrds: what is this VM's own."""
     nic: NicLease | None
+    runs_until_s: float = math.inf
+    """End of its lease by trio's clock: the process is gone by then even if the node does nothing; see `extend_lease`."""
 
 
 class StopHow(StrEnum):
@@ -164,6 +167,14 @@ class Hypervisor(Protocol):
         """
         ...
 
+    def extend_lease(self, vm_id: str, runs_until_s: float) -> None:
+        """Let a VM's process run until then by trio's clock, and no longer. Nothing happens where it has none.
+
+        Raises:
+          HostError: not written down; what was said before holds.
+        """
+        ...
+
     async def remove_vm(self, vm_id: str) -> None:
         """Remove all that is left of a VM: process, disk, log. Idempotent.
 
@@ -207,6 +218,9 @@ class MissingHypervisor:
     async def adopt_vm(self, vm_id: str) -> BootedVm | None:
         """None."""
         return None
+
+    def extend_lease(self, vm_id: str, runs_until_s: float) -> None:
+        """Nothing is here."""
 
     async def remove_vm(self, vm_id: str) -> None:
         """Nothing is here."""

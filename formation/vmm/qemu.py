@@ -78,6 +78,7 @@ class QemuHypervisor:
             arguments = (str(self._qemu_path), *qemu_arguments(self._machine(request)))
             await trio.to_thread.run_sync(folder.write_spec, arguments)
             started_ms = self._clock.now_ns() // NS_PER_MS
+            folder.write_lease(request.runs_until_s - trio.current_time())
             process, stderr_fd = await trio.to_thread.run_sync(_start, arguments, folder)
             state = VmState(process=process.identity, generation=request.generation, started_ms=started_ms)
             vm = await self._watch(folder, process, state, stderr_fd, deadline_s=START_DEADLINE_S)
@@ -117,6 +118,12 @@ class QemuHypervisor:
         await self._end_strays(folder)
         await trio.to_thread.run_sync(folder.drop_runtime)
         return None
+
+    def extend_lease(self, vm_id: str, runs_until_s: float) -> None:
+        """See `Hypervisor`."""
+        vm = self._vms.get(vm_id)
+        if vm is not None and not vm.has_ended:
+            VmFolder(self._root, vm_id).write_lease(runs_until_s - trio.current_time())
 
     async def remove_vm(self, vm_id: str) -> None:
         """See `Hypervisor`."""

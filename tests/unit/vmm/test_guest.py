@@ -42,7 +42,7 @@ log = structlog.get_logger(__name__)
 class NoPeers:
     """Enough of p2p for images that are built here."""
 
-    def serve_stream(self, *_: Any) -> None:
+    def serve_stream(self, *_: Any, **__: Any) -> None:
         """Nobody asks."""
 
 

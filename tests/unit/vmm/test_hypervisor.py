@@ -239,7 +239,7 @@ async def test_killed_vmm_is_noticed(bench: Bench) -> None:
     """kill -9 of QEMU is noticed at once, named, and its runtime files go while the disk stays."""
     async with bench.run() as hypervisor:
         vm = await hypervisor.boot_vm(bench.request())
-        os.kill(processes_in(bench.folder)[0], signal.SIGKILL)
+        os.kill(qemus_in(bench.folder)[0], signal.SIGKILL)
         with trio.fail_after(5):
             assert "SIGKILL" in await vm.wait_exit()
         left = set(os.listdir(bench.folder / "vms" / VM))
@@ -264,7 +264,7 @@ async def test_hung_process_is_not_adopted(bench: Bench, monkeypatch: pytest.Mon
     monkeypatch.setattr("formation.vmm.qemu.ADOPT_DEADLINE_S", 0.3)
     async with bench.run() as hypervisor:
         await hypervisor.boot_vm(bench.request())
-    os.kill(processes_in(bench.folder)[0], signal.SIGSTOP)
+    os.kill(qemus_in(bench.folder)[0], signal.SIGSTOP)
     async with bench.run() as hypervisor:
         assert await hypervisor.adopt_vm(VM) is None
     assert processes_in(bench.folder) == []
@@ -300,7 +300,7 @@ async def test_adoption_after_kill_9_of_the_node(bench: Bench) -> None:
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    assert len(processes_in(bench.folder)) == 1
+    assert len(qemus_in(bench.folder)) == 1
     async with bench.run() as hypervisor:
         with trio.fail_after(1):
             vm = await hypervisor.adopt_vm(VM)
@@ -368,3 +368,8 @@ def processes_in(folder: Path) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def qemus_in(folder: Path) -> list[int]:
+    """Of those, the hypervisors."""
+    return [pid for pid in processes_in(folder) if Path(f"/proc/{pid}/comm").read_text().startswith("qemu")]
