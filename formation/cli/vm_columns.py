@@ -42,6 +42,13 @@ def _size(vm: Row) -> str:
     return f"{spec.get('vcpus', '?')} vCPU, {spec.get('memory_mib', '?')}MiB memory, {spec.get('disk_gib', '?')}GiB disk"
 
 
+def _failover(vm: Row) -> str:
+    after_s = _spec(vm).get("failover_s")
+    if not isinstance(after_s, int):
+        return ""
+    return f"{format_duration(after_s)} after its node was lost, with a new disk" if after_s else "off: it waits for its node"
+
+
 VM_COLUMNS = (
     Column("NAME", lambda vm: str(_spec(vm).get("name", ""))),
     Column("PHASE", lambda vm: str(vm.get("phase", "")), style=phase_style),
@@ -66,6 +73,7 @@ VM_FIELDS = (
     Column("Wanted", lambda vm: str(_spec(vm).get("desired", ""))),
     Column("Node", lambda vm: str(vm.get("node") or "")),
     Column("Why there", lambda vm: str((vm.get("placement") or {}).get("why", ""))),
+    Column("Failover", _failover),
     Column("Address", lambda vm: str(_status(vm).get("address", ""))),
     Column("Ports", lambda vm: "\n".join(port_texts(vm))),
     Column("Image", lambda vm: f"{_image(vm)} ({_spec(vm).get('image', '')})"),

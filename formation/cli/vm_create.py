@@ -31,6 +31,7 @@ EXAMPLES = (
     "formation create hello                                a VM with a name of its own",
     "formation create hello web --cpus 2 --memory 1GiB     named web, of this size",
     "formation create hello web --publish 8080:80          the guest's port 80 at the node's port 8080",
+    "formation create hello --failover 30s                 if its node is lost, another starts it after 30 s",
     "formation create hello --env GREETING=hi --detach -q  do not wait; print the id only",
 )
 
@@ -51,6 +52,14 @@ def create_vm(
     no_publish: Annotated[bool, typer.Option("--no-publish", help="Publish no port.")] = False,
     env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="Environment variable.")] = None,
     env_file: Annotated[list[Path] | None, typer.Option("--env-file", metavar="FILE", help="File of NAME=VALUE lines.")] = None,
+    failover: Annotated[
+        str | None,
+        typer.Option(
+            "--failover",
+            metavar="DURATION",
+            help="How long after its node was lost another starts it, with a new disk: 15s to 1d, or off. Default: 5m.",
+        ),
+    ] = None,
     no_start: Annotated[bool, typer.Option("--no-start", help="Make it, but do not start it.")] = False,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", "--detach", help="Return when the network has accepted it (exit 8).")
@@ -65,7 +74,7 @@ def create_vm(
 
     started_s = time.monotonic()
     timeout_s = parse_duration_s(timeout, what="--timeout")
-    wanted = _Wanted(name, cpus, memory, disk, publish or [], no_publish, env or [], env_file or [], no_start)
+    wanted = _Wanted(name, cpus, memory, disk, publish or [], no_publish, env or [], env_file or [], failover, no_start)
     request = wanted.request(_image(cli, image))
     made = make_wish(cli, request)
     watch = Watch(
@@ -106,6 +115,7 @@ class _Wanted:
         no_publish: bool,
         env: Sequence[str],
         env_files: Sequence[Path],
+        failover: str | None,
         no_start: bool,
     ) -> None:
         """Check what can be checked without asking a node.
@@ -115,7 +125,7 @@ class _Wanted:
         """
         from formation.cli.ports import parse_env, parse_publish
         from formation.core.ids import check_label
-        from formation.core.spec import DISK_GIB_MAX, MEMORY_MIB_MAX, MEMORY_MIB_MIN, VCPUS_MAX
+        from formation.core.spec import DISK_GIB_MAX, FAILOVER_S_DEFAULT, MEMORY_MIB_MAX, MEMORY_MIB_MIN, VCPUS_MAX
 
         if publish and no_publish:
             raise UsageError("--publish and --no-publish exclude each other", hint="leave one away")
@@ -126,6 +136,7 @@ class _Wanted:
         self._publish = [parse_publish(text) for text in publish]
         self._no_publish = no_publish
         self._env = parse_env(env, env_files)
+        self._failover_s = FAILOVER_S_DEFAULT if failover is None else _failover_s(failover)
         self._no_start = no_start
 
     def request(self, image: Mapping[str, Any]) -> VmRequested:
@@ -148,6 +159,7 @@ class _Wanted:
             "disk_gib": self._disk_gib or int(defaults.get("disk_gib", 1)),
             "publish": self._ports(image),
             "env": self._env,
+            "failover_s": self._failover_s,
             "desired": Desired.STOPPED if self._no_start else Desired.RUNNING,
         }
         check_vm_spec(VmSpec(**fields))
@@ -177,6 +189,17 @@ def _image(cli: Cli, reference: str) -> Mapping[str, Any]:
             f"no image matches {reference!r}", hint="formation image list shows them; formation image build DIRECTORY makes one"
         ) from exc
     return image if isinstance(image, dict) else {}
+
+
+def _failover_s(text: str) -> int:
+    from formation.core.spec import FAILOVER_S_MAX, FAILOVER_S_MIN
+
+    if text == "off":
+        return 0
+    seconds = parse_duration_s(text, what="--failover")
+    if not FAILOVER_S_MIN <= seconds <= FAILOVER_S_MAX:
+        raise UsageError(f"--failover: {text} is out of range", hint=f"give {FAILOVER_S_MIN}s to 1d, or off")
+    return round(seconds)
 
 
 def _in_range(value: int, flag: str, low: int, high: int, unit: str) -> int:

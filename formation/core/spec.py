@@ -18,6 +18,11 @@ VCPUS_MAX = 128
 MEMORY_MIB_MIN = 128
 MEMORY_MIB_MAX = 256_000
 DISK_GIB_MAX = 65_535
+# The holder must notice, renew and stop within its lease, and a busy voter takes seconds; nobody waits a day for a restart.
+FAILOVER_S_MIN = 15
+FAILOVER_S_MAX = 86_400
+# Longer than a node's restart, upgrade or reboot takes, so that those move nothing.
+FAILOVER_S_DEFAULT = 300
 # Environment of one service: enough for any 12-factor program, small enough for a record that every node keeps.
 ENV_COUNT_MAX = 128
 ENV_SIZE_MAX_BYTES = 16 * 1024
@@ -84,6 +89,8 @@ class VmSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     disk_gib: Annotated[int, msgspec.Meta(ge=1, le=DISK_GIB_MAX)]
     publish: tuple[PortMap, ...] = ()
     env: dict[str, str] = {}
+    failover_s: int = FAILOVER_S_DEFAULT
+    """How long after its node was lost another one starts it, with a new disk; 0: never, it waits for its node."""
     desired: Desired = Desired.RUNNING
     generation: int = 0
     """Raised by each start and stop, so that `start` after a failure is a new wish."""
@@ -228,6 +235,10 @@ def _check_ranges(spec: VmSpec) -> None:
         amount = getattr(spec, field)
         if not low <= amount <= high:
             raise UsageError(f"{field}: {amount} is out of range", hint=f"give {low} to {high}")
+    if spec.failover_s and not FAILOVER_S_MIN <= spec.failover_s <= FAILOVER_S_MAX:
+        raise UsageError(
+            f"failover_s: {spec.failover_s} is out of range", hint=f"give {FAILOVER_S_MIN} to {FAILOVER_S_MAX}, or 0 for never"
+        )
     for port in spec.publish:
         if not (1 <= port.guest_port <= PORT_MAX and 0 <= port.host_port <= PORT_MAX):
             raise UsageError(

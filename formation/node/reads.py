@@ -187,6 +187,8 @@ class Reads:
             if silent_s > UNKNOWN_AFTER_S and not self.liveness.is_live(holder):
                 phase = VmPhase.UNKNOWN
                 reason = f"node {self.node_name(holder)}, which runs it, has been silent for {format_duration(silent_s)}"
+                if next_ := self.vmm.failover_reason(record.vm_id):
+                    reason = f"{reason}; {next_}"
             elif lapse := self._lapse_reason(record):
                 phase, reason = VmPhase.PLACING, lapse
         shown["phase"] = phase.value

@@ -9,14 +9,13 @@ Rules: (1) one operation renews all placements of the node, every fifth of their
 (2) a lease that no operation of this process gave (an earlier life's, or a claim whose answer was not waited for) counts
 from the earliest claim that may have given it, or from the moment at which it is first seen, and is renewed at once;
 (3) who runs a VM asks `may_run`; `look` is called when a deadline passes, and when a renewal gives a lapsed VM its lease
-back.
-
-Not covered: a host that is suspended (its monotonic clock stands still) and a node process that does not run; nobody ends
-a VM then. So as long as no other node takes a placement over, which none does yet, this is only a matter of truthfulness.
+back; (4) each deadline is told to the VM's guard, which keeps it when this process does not run or the host sleeps; (5) a
+lease lasts as long as the VM's owner wants it to wait for a lost node, and is renewed in a fifth of the shortest one's time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,17 +26,18 @@ from formation.core.clock import NS_PER_MS, Clock
 from formation.core.errors import ConflictError, FormationError, QuorumError
 from formation.core.event import ClaimRenewed, VmClaimed
 from formation.core.ids import NodeId
-from formation.core.spec import Placement, VmRecord
+from formation.core.spec import Placement, VmRecord, VmSpec
 from formation.state.feed import Level
 from formation.vmm.needs import State
 
 log = structlog.get_logger(__name__)
 
 SPACE = "placement"
-# A node restarts or is upgraded within five minutes, and its VMs go on. Failover will choose a shorter time.
+# Of VMs that wait for their node: it restarts or is upgraded within five minutes, and its VMs go on.
 PLACEMENT_TTL_MS = 300_000
 # Four renewals may fail before the fifth would come too late.
-RENEW_INTERVAL_S = PLACEMENT_TTL_MS / 1000 / 5
+RENEWAL_COUNT = 5
+RENEW_INTERVAL_S = PLACEMENT_TTL_MS / 1000 / RENEWAL_COUNT
 # Ordering takes a few round trips; after this long there is no quorum, and another try may find one.
 RENEW_DEADLINE_S = 30.0
 CLAIM_DEADLINE_S = 30.0
@@ -57,18 +57,33 @@ class _Sent:
     """trio's clock."""
 
 
+def lease_ttl_ms(spec: VmSpec) -> int:
+    """How long a VM's placement holds without a renewal."""
+    return spec.failover_s * 1000 or PLACEMENT_TTL_MS
+
+
 class Leases:
     """The deadlines of this node's placements; see the module.
 
     Args:
       look: asks for a look at a VM whose lease lapsed or came back.
+      extend: hears of each VM until when it may run, by trio's clock.
     """
 
-    def __init__(self, *, node_id: NodeId, state: State, clock: Clock, look: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        *,
+        node_id: NodeId,
+        state: State,
+        clock: Clock,
+        look: Callable[[str], None],
+        extend: Callable[[str, float], None],
+    ) -> None:
         self._node_id = node_id
         self._state = state
         self._clock = clock
         self._look = look
+        self._extend = extend
         self._deadlines: dict[str, tuple[tuple[int, int], float]] = {}
         """VM id -> (fence, trio's time). One that passed stays: only a final answer moves it."""
         self._lapsed: set[str] = set()
@@ -97,6 +112,11 @@ class Leases:
                 self._renew_wanted.set()
         return trio.current_time() < known[1]
 
+    def runs_until_s(self, vm_id: str) -> float:
+        """When a VM's lease is over, by trio's clock; it is, where none is known."""
+        known = self._deadlines.get(vm_id)
+        return -math.inf if known is None else known[1]
+
     async def claim(self, vm_id: str, *, why: str) -> bool:
         """Claim a VM's placement; where this node holds it, that renews it.
 
@@ -111,7 +131,7 @@ class Leases:
         self._unanswered.setdefault(vm_id, sent)
         try:
             with trio.fail_after(CLAIM_DEADLINE_S):
-                await self._state.append_event(VmClaimed(why=why, ttl_ms=PLACEMENT_TTL_MS), vm_id, level=Level.FINAL)
+                await self._state.append_event(VmClaimed(why=why, ttl_ms=self._ttl_ms(vm_id)), vm_id, level=Level.FINAL)
         except ConflictError as exc:
             # What this node sent before it is decided too, for a lane is ordered from its beginning.
             self._unanswered.pop(vm_id, None)
@@ -126,11 +146,18 @@ class Leases:
                 self._unanswered.pop(vm_id, None)
             raise
         self._unanswered.pop(vm_id, None)
+        if self._ttl_ms(vm_id) < PLACEMENT_TTL_MS:
+            # The next renewal may be for leases that last longer.
+            self._renew_wanted.set()
         return self._count(vm_id, sent)
 
     def is_unanswered(self, vm_id: str) -> bool:
         """Whether a claim of this node was sent whose outcome it does not know."""
         return vm_id in self._unanswered
+
+    def _ttl_ms(self, vm_id: str) -> int:
+        record = self._state.view.vm(vm_id)
+        return PLACEMENT_TTL_MS if record is None else lease_ttl_ms(record.spec)
 
     def _now(self) -> _Sent:
         return _Sent(self._clock.now_ns() // NS_PER_MS, trio.current_time())
@@ -146,6 +173,7 @@ class Leases:
         if record is None or record.placement is None or at_s is None:
             return False
         self._deadlines[vm_id] = (record.placement.fence, at_s)
+        self._extend(vm_id, at_s)
         if at_s > trio.current_time() and vm_id in self._lapsed:
             self._lapsed.discard(vm_id)
             log.info("vm.lease_is_back", vm_id=vm_id, fence=record.placement.fence)
@@ -158,21 +186,23 @@ class Leases:
         while True:
             self._renew_wanted = trio.Event()
             self._tidy()
-            is_holder = any(placement.expires_ms for _, placement in self._ours())
-            failed_count = 0 if not is_holder or await self._renew() else failed_count + 1
+            ttls_ms = [lease_ttl_ms(vm.spec) for vm, placement in self._ours() if placement.expires_ms]
+            interval_s = min(ttls_ms, default=PLACEMENT_TTL_MS) / 1000 / RENEWAL_COUNT
+            failed_count = 0 if not ttls_ms or await self._renew(interval_s) else failed_count + 1
             if failed_count:
-                await trio.sleep(min(RENEW_PAUSE_S_MIN * 2 ** min(failed_count - 1, 8), RENEW_PAUSE_S_MAX))
+                pause_s = RENEW_PAUSE_S_MIN * 2 ** min(failed_count - 1, 8)
+                await trio.sleep(min(pause_s, RENEW_PAUSE_S_MAX, interval_s))
                 continue
-            with trio.move_on_after(RENEW_INTERVAL_S):
+            with trio.move_on_after(interval_s):
                 await self._renew_wanted.wait()
 
-    async def _renew(self) -> bool:
-        sent = self._now()
+    async def _renew(self, interval_s: float) -> bool:
+        sent, deadline_s = self._now(), min(RENEW_DEADLINE_S, interval_s)
         try:
-            with trio.fail_after(RENEW_DEADLINE_S):
+            with trio.fail_after(deadline_s):
                 await self._state.append_event(ClaimRenewed(), f"{SPACE}/", level=Level.FINAL)
         except (FormationError, trio.TooSlowError) as exc:
-            log.warning("vm.leases_not_renewed", reason=str(exc) or f"not ordered within {RENEW_DEADLINE_S:.0f} s")
+            log.warning("vm.leases_not_renewed", reason=str(exc) or f"not ordered within {deadline_s:.0f} s")
             return False
         for vm, _ in self._ours():
             self._count(vm.vm_id, sent)

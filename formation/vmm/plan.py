@@ -72,6 +72,8 @@ class Observed:
 
     is_held: bool = False
     """Something of it may be here: it is in the ledger, or its folder or lease was found."""
+    is_recorded: bool = False
+    """The ledger has it under the placement that it has now, and that was said."""
     has_image: bool = False
     has_nic: bool = False
     has_files: bool = False
@@ -121,7 +123,7 @@ def _raise(seen: Observed) -> Step | None:
         return Step.KILL if seen.has_process else None
     if seen.failure:
         return Step.KILL if seen.has_process else Step.FAIL
-    if not seen.is_held:
+    if not seen.is_recorded:
         return Step.HOLD
     if seen.has_process:
         if not seen.is_ready:
@@ -169,7 +171,7 @@ def apply_step(observed: Observed, step: Step) -> Observed:
     """What a step that succeeds makes of it."""
     match step:
         case Step.HOLD:
-            return replace(observed, is_held=True, said=Said.UNDER_WAY)
+            return replace(observed, is_held=True, is_recorded=True, said=Said.UNDER_WAY)
         case Step.FETCH:
             return replace(observed, has_image=True)
         case Step.ATTACH:

@@ -66,7 +66,8 @@ class Reconciler:
 
     Args:
       leases: until when this node may run what it holds.
-      choose: why this node is the one to claim an unplaced VM; None: it is not.
+      choose: why this node is the one to claim a VM that nobody holds; None: it is not.
+      is_lost: whether a VM's holder has lost it: its lease is over, the node is gone, and the owner does not want to wait.
       on_booted: called with each process that was started, to be watched.
       wake_at: asks for another look at a VM at a time of trio's clock.
     """
@@ -83,6 +84,7 @@ class Reconciler:
         leases: Leases,
         clock: Clock,
         choose: Callable[[VmRecord], str | None],
+        is_lost: Callable[[VmRecord], bool],
         on_booted: Callable[[str, BootedVm], None],
         wake_at: Callable[[str, float], None],
     ) -> None:
@@ -95,6 +97,7 @@ class Reconciler:
         self._leases = leases
         self._clock = clock
         self._choose = choose
+        self._is_lost = is_lost
         self._on_booted = on_booted
         self._wake_at = wake_at
         self._fetching = trio.CapacityLimiter(FETCH_CONCURRENCY_MAX)
@@ -116,7 +119,9 @@ class Reconciler:
         if record.placement is None:
             return self._unplaced_goal(vm_id, record)
         if record.placement.node_id != self._node_id:
-            return Goal.ELSEWHERE
+            # What is here of it from an earlier time goes first, and never becomes the new one.
+            is_ours_next = not self.is_held(vm_id) and self._is_lost(record) and self._choose(record) is not None
+            return Goal.CLAIM if is_ours_next else Goal.ELSEWHERE
         if not self._leases.may_run(vm_id, record.placement):
             return Goal.LAPSED
         return Goal.RUNNING if record.spec.desired is Desired.RUNNING else Goal.STOPPED
@@ -155,8 +160,11 @@ class Reconciler:
         record = self._state.view.vm(vm_id)
         generation = record.spec.generation if record is not None else -1
         vm = memory.vm if memory.vm is not None and not memory.vm.has_ended else None
+        held = self._ledger.get(vm_id)
+        placement = record.placement if record is not None else None
         return Observed(
             is_held=self.is_held(vm_id),
+            is_recorded=held is not None and placement is not None and held.fence == placement.fence,
             has_image=memory.image is not None,
             has_nic=self._net.lease(vm_id) is not None,
             has_files=vm_id in self._hypervisor.inventory(),
@@ -262,8 +270,9 @@ class Reconciler:
 
     async def _claim(self, record: VmRecord) -> None:
         memory = self.memory(record.vm_id)
-        # A lapsed one stays where its disk is.
-        why = self._choose(record) if record.placement is None else record.placement.why
+        # A lapsed one of ours stays where its disk is.
+        is_ours = record.placement is not None and record.placement.node_id == self._node_id
+        why = record.placement.why if is_ours and record.placement is not None else self._choose(record)
         if why is None:
             return
         # Promised from this very moment: two claims at once must not both count on the same room. While nobody knows what
@@ -276,7 +285,7 @@ class Reconciler:
                 memory.claim_needs = None
         if not is_held:
             # The view is about to show who was earlier; should it not, then not at once again.
-            memory.pause(Goal.LAPSED if record.placement is not None else Goal.CLAIM, RETRY_PAUSE_S_MIN)
+            memory.pause(Goal.LAPSED if is_ours else Goal.CLAIM, RETRY_PAUSE_S_MIN)
             self._wake_at(record.vm_id, memory.retry_at)
             return
         log.info("vm.placed", vm_id=record.vm_id, fence=self._fence(record.vm_id))
@@ -337,6 +346,7 @@ class Reconciler:
             initrd_paths=memory.image.initrd_paths,
             config_cpio=vm_config_cpio(VmGuestConfig(vm_id=record.vm_id, hostname=spec.name, env=spec.env)),
             nic=self._net.lease(record.vm_id),
+            runs_until_s=self._leases.runs_until_s(record.vm_id),
         )
         # The image may have been dropped since; it is looked for again at the next boot.
         memory.image = None

@@ -9,7 +9,8 @@ anything else.
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,20 @@ import trio
 
 from formation.core.clock import NS_PER_MS, Clock
 from formation.core.errors import ConflictError, FormationError, HostError
-from formation.core.ids import NodeId
+from formation.core.ids import Digest, NodeId
 from formation.core.spec import Desired, NodeRecord, Resources, VmRecord
+from formation.core.units import format_duration
 from formation.net.service import NetService
 from formation.p2p.transport import TaskStatus
 from formation.state.feed import Level
-from formation.vmm.allocator import NOTHING, add, free_of, place, promises_of
+from formation.vmm.allocator import NOTHING, add, free_of, place, promises_of, weight
 from formation.vmm.console import ConsoleStream
 from formation.vmm.hypervisor import BootedVm, Hypervisor
 from formation.vmm.leases import LAPSED_REASON, Leases
 from formation.vmm.ledger import Ledger
 from formation.vmm.needs import Pack, State
 from formation.vmm.plan import Goal, Said
-from formation.vmm.reconciler import Reconciler
+from formation.vmm.reconciler import FETCH_DEADLINE_S, Reconciler
 from formation.vmm.words import printable
 
 log = structlog.get_logger(__name__)
@@ -41,6 +43,10 @@ SWEEP_S_MIN = 2.0
 SWEEP_S_MAX = 4.0
 # Unplaced VMs looked at in one sweep: each costs a pass over all nodes; the rest have their turn in the next ones.
 SWEEP_UNPLACED_COUNT_MAX = 256
+# Behind a lease's end by this machine's clock, which may be ahead of the spine's time by as much as voters' clocks differ.
+LAPSE_MARGIN_MS = 1_000
+# Between tries to have a copy of an image: its only holder may be busy, or away.
+SPARE_PAUSE_S = 60.0
 # Adopting waits for sockets, mostly of processes that answer at once; a hung one costs its deadline.
 ADOPT_CONCURRENCY_MAX = 16
 # After a bug in a step: late enough not to fill the log, soon enough that a passing cause heals.
@@ -90,7 +96,12 @@ class VmmService:
         self._working: set[str] = set()
         self._nursery: trio.Nursery | None = None
         self._fault_count = 0
-        self._leases = Leases(node_id=node_id, state=state, clock=clock, look=self._reconcile_soon)
+        self._pack = pack
+        self._sparing: str | None = None
+        """Digest of the image that is copied just now."""
+        self._spare_at: dict[str, float] = {}
+        """Digest of an image -> trio's time before which no copy of it is looked for again."""
+        self._leases = Leases(node_id=node_id, state=state, clock=clock, look=self._reconcile_soon, extend=self._extend_lease)
         self._reconciler = Reconciler(
             node_id=node_id,
             state=state,
@@ -101,6 +112,7 @@ class VmmService:
             leases=self._leases,
             clock=clock,
             choose=self._choose,
+            is_lost=self._is_lost,
             on_booted=self._watch_soon,
             wake_at=self._wake_at,
         )
@@ -167,7 +179,7 @@ class VmmService:
         record = self._state.view.vm(vm_id)
         if record is None:
             return "" if self._state.view.vm(vm_id, Level.OBSERVED) is None else "waiting for a quorum to certify the request"
-        if record.placement is not None:
+        if record.placement is not None and not self._is_lost(record):
             return ""
         if record.spec.desired is not Desired.RUNNING:
             return "it is not to be started"
@@ -179,6 +191,18 @@ class VmmService:
             return decision.why
         chosen = self._state.view.node(decision.node_id)
         return f"waiting for {chosen.name if chosen is not None else decision.node_id} to claim it"
+
+    def failover_reason(self, vm_id: str) -> str:
+        """What becomes of a VM whose node is silent; empty where that is not to be said."""
+        record = self._state.view.vm(vm_id)
+        if record is None or record.placement is None or record.spec.desired is not Desired.RUNNING:
+            return ""
+        if not record.spec.failover_s:
+            return "it waits for that node"
+        left_ms = record.placement.expires_ms + LAPSE_MARGIN_MS - self._clock.now_ns() // NS_PER_MS
+        if left_ms > 0:
+            return f"it starts on another node in {format_duration(left_ms / 1000)} if that one stays away"
+        return self.pending_reason(vm_id)
 
     def lapse_reason(self, vm_id: str) -> str:
         """Why a VM of this node does not run although it should; empty where its lease is not the reason."""
@@ -250,6 +274,22 @@ class VmmService:
         decision = place(record.vm_id, needs, nodes=self._live_nodes(), promises=self._promises(but=record.vm_id))
         return decision.why if decision.node_id == self._node_id else None
 
+    def _is_lost(self, record: VmRecord) -> bool:
+        """Whether another node may start a VM: its lease is over, its node gone, and its owner does not want to wait for it."""
+        placement, spec = record.placement, record.spec
+        if placement is None or not spec.failover_s or spec.desired is not Desired.RUNNING:
+            return False
+        # The claim decides, by the spine's time, which may stand still while nobody writes; this is when to try.
+        is_over = self._clock.now_ns() // NS_PER_MS > placement.expires_ms + LAPSE_MARGIN_MS
+        return is_over and not self._is_live(NodeId(placement.node_id))
+
+    def _extend_lease(self, vm_id: str, until_s: float) -> None:
+        try:
+            self._hypervisor.extend_lease(vm_id, until_s)
+        except HostError as exc:
+            # Its guard ends it at the end that was written before, and this node boots it again.
+            log.error("vm.lease_not_written", vm_id=vm_id, error=exc.message)
+
     def _live_nodes(self) -> list[NodeRecord]:
         return [n for n in self._state.view.nodes() if n.node_id == self._node_id or self._is_live(NodeId(n.node_id))]
 
@@ -300,12 +340,49 @@ class VmmService:
     async def _sweep(self) -> None:
         """Look at everything that this node holds or might take: no lost event and no dead node is for ever."""
         vms = self._state.view.vms()
-        unplaced = sorted((vm for vm in vms if vm.placement is None), key=lambda vm: (vm.created_ms, vm.vm_id))
+        unplaced = [vm for vm in vms if vm.placement is None or self._may_move(vm)]
+        unplaced.sort(key=lambda vm: (vm.created_ms, vm.vm_id))
         ours = {vm.vm_id for vm in vms if vm.placement is not None and vm.placement.node_id == self._node_id}
         held = {*self._ledger.vm_ids(), *self._hypervisor.inventory(), *(lease.vm_id for lease in self._net.leases())}
         for vm_id in sorted(ours | held) + [vm.vm_id for vm in unplaced[:SWEEP_UNPLACED_COUNT_MAX]]:
             self._reconcile_soon(vm_id)
+        self._spare_soon(vms)
         await trio.lowlevel.checkpoint()
+
+    def _spare_soon(self, vms: Iterable[VmRecord]) -> None:
+        """Have a second copy of each image that a VM would need elsewhere: a node that is lost may be the only one with it."""
+        if self._sparing is not None or self._nursery is None or not self.hypervisor_name:
+            return
+        hosts = [node.node_id for node in self._live_nodes() if node.hypervisor]
+        for digest in sorted({vm.spec.image for vm in vms if vm.spec.failover_s and vm.placement is not None}):
+            image = self._state.view.image(digest)
+            if image is None or trio.current_time() < self._spare_at.get(digest, 0.0):
+                continue
+            holders = sorted(holder for holder in image.holders if self._is_holder_live(holder))
+            others = [node_id for node_id in hosts if node_id not in holders]
+            if len(holders) != 1 or not others or max(others, key=partial(weight, digest)) != self._node_id:
+                continue
+            self._sparing = digest
+            self._nursery.start_soon(self._spare, digest, NodeId(holders[0]))
+            return
+
+    def _is_holder_live(self, node_id: str) -> bool:
+        return node_id == self._node_id or self._is_live(NodeId(node_id))
+
+    async def _spare(self, digest: str, holder: NodeId) -> None:
+        try:
+            with trio.fail_after(FETCH_DEADLINE_S):
+                await self._pack.resolve_image(Digest(digest), holders=[holder], progress=lambda _: None)
+            log.info("image.spared", digest=digest)
+        except (FormationError, trio.TooSlowError) as exc:
+            log.info("image.not_spared", digest=digest, reason=str(exc))
+        finally:
+            # Also after it came: until others have heard that it is here.
+            self._spare_at[digest] = trio.current_time() + SPARE_PAUSE_S
+            self._sparing = None
+
+    def _may_move(self, vm: VmRecord) -> bool:
+        return vm.placement is not None and vm.placement.node_id != self._node_id and self._is_lost(vm)
 
     # --- processes ---
 
@@ -330,6 +407,11 @@ class VmmService:
             return
         record = self._state.view.vm(vm_id)
         if record is None or record.spec.desired is not Desired.RUNNING:
+            return
+        if record.placement is None or record.placement.node_id != self._node_id:
+            return
+        if self._clock.now_ns() // NS_PER_MS > record.placement.expires_ms:
+            # Its guard ended it with its lease: it is claimed and booted again, here or elsewhere.
             return
         # One that was booting is simply booted again; one that ran has lost its memory, which its owner should know.
         if self._reconciler.said(vm_id, record.spec.generation) is Said.READY:

@@ -78,6 +78,7 @@ def test_fields_are_plain_values() -> None:
         "disk_gib": 3,
         "publish": ([80, "tcp", 0],),
         "env": {"A": "b"},
+        "failover_s": 300,
         "desired": "running",
         "generation": 0,
     }

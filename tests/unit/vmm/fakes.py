@@ -79,6 +79,7 @@ class FakeView:
     def __init__(self) -> None:
         self.vm_records: dict[str, VmRecord] = {}
         self.node_records: dict[str, NodeRecord] = {}
+        self.image_records: dict[str, ImageRecord] = {}
         self.deleted: set[str] = set()
         self.claims = Claims()
         self.height = 0
@@ -116,7 +117,7 @@ class FakeView:
         return self.node_records.get(node_id)
 
     def image(self, digest: str, level: Level = Level.CERTIFIED) -> ImageRecord | None:
-        return None
+        return self.image_records.get(digest)
 
 
 @dataclass
@@ -227,8 +228,11 @@ class FakePack:
     image: FakeImage = FakeImage()
     faults: list[Exception] = field(default_factory=list)
     delay_s: float = 0.0
+    asked: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    """(digest, holders) of each call."""
 
     async def resolve_image(self, digest: Digest, *, holders: Sequence[NodeId], progress: Callable[[Any], None]) -> FakeImage:
+        self.asked.append((digest, tuple(holders)))
         await trio.sleep(self.delay_s)
         if self.faults:
             raise self.faults.pop(0)

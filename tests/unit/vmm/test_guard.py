@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -114,13 +115,12 @@ async def test_signals_for_the_guard_end_nothing(folder: VmFolder) -> None:
 
 async def test_a_program_that_is_not_there_ends_at_once(folder: VmFolder) -> None:
     """Seen at the start or right after it; nobody is left."""
-    try:
+    statuses: list[int | None] = []
+    with contextlib.suppress(HostError):
         process = start(folder, ("nothing-like-that",))
-    except HostError as exc:
-        assert "nothing-like-that" in exc.message
-    else:
-        assert await ended(process) == 127
+        statuses.append(await ended(process))
         process.close()
+    assert statuses in ([], [127])
     assert find_processes_in(folder.path) == []
 
 

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from formation.vmm.plan import Goal, Observed, Said, Step, plan
 
 HELD = Observed(is_held=True)
-RUNNING = Observed(is_held=True, has_nic=True, has_files=True, has_process=True, is_ready=True, said=Said.READY)
+RUNNING = Observed(
+    is_held=True, is_recorded=True, has_nic=True, has_files=True, has_process=True, is_ready=True, said=Said.READY
+)
 
 
 def test_from_nothing_to_running() -> None:
@@ -14,9 +18,14 @@ def test_from_nothing_to_running() -> None:
 
 def test_a_new_wish_for_what_runs_is_only_answered() -> None:
     """A start of a VM that still runs says ready for the new generation and touches nothing."""
-    seen = Observed(is_held=True, has_nic=True, has_files=True, has_process=True, is_ready=True)
-    assert plan(Goal.RUNNING, seen) == (Step.SAY_READY,)
+    assert plan(Goal.RUNNING, replace(RUNNING, said=Said.NOTHING)) == (Step.SAY_READY,)
     assert plan(Goal.RUNNING, RUNNING) == ()
+
+
+def test_what_came_back_under_a_new_placement_is_said_anew() -> None:
+    """It ran here before, ran elsewhere meanwhile, and comes back: its old words here stand for nothing."""
+    seen = Observed(is_held=True, has_files=True, said=Said.READY)
+    assert plan(Goal.RUNNING, seen) == (Step.HOLD, Step.FETCH, Step.ATTACH, Step.BOOT, Step.WAIT)
 
 
 def test_failure_is_cleared_before_it_is_said() -> None:
