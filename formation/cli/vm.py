@@ -75,6 +75,14 @@ def stop_vm(cli: Cli, vms: Names, no_wait: NoWait = False, timeout: Timeout = "2
     return _change_each(cli, vms, "stopped", no_wait=no_wait, timeout_s=parse_duration_s(timeout, what="--timeout"))
 
 
+@command(group, "restart", examples=("formation vm restart web", "formation vm restart web db"))
+def restart_vm(cli: Cli, vms: Names, timeout: Timeout = "5m") -> int:
+    """Shut guests down and start them again, with their disks. Interrupted in between, they are stopped."""
+    timeout_s = parse_duration_s(timeout, what="--timeout")
+    status = _change_each(cli, vms, "stopped", no_wait=False, timeout_s=timeout_s)
+    return status or _change_each(cli, vms, "running", no_wait=False, timeout_s=timeout_s)
+
+
 @command(
     group,
     "delete",

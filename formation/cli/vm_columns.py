@@ -73,6 +73,7 @@ VM_FIELDS = (
     Column("Wanted", lambda vm: str(_spec(vm).get("desired", ""))),
     Column("Node", lambda vm: str(vm.get("node") or "")),
     Column("Why there", lambda vm: str((vm.get("placement") or {}).get("why", ""))),
+    Column("Restart", lambda vm: str(_spec(vm).get("restart", ""))),
     Column("Failover", _failover),
     Column("Address", lambda vm: str(_status(vm).get("address", ""))),
     Column("Ports", lambda vm: "\n".join(port_texts(vm))),

@@ -60,6 +60,14 @@ def create_vm(
             help="How long after its node was lost another starts it, with a new disk: 15s to 1d, or off. Default: 5m.",
         ),
     ] = None,
+    restart: Annotated[
+        str,
+        typer.Option(
+            "--restart",
+            metavar="always|on-failure|never",
+            help="Start it again when it ends by itself: always; on-failure: unless its guest powered off; never.",
+        ),
+    ] = "on-failure",
     no_start: Annotated[bool, typer.Option("--no-start", help="Make it, but do not start it.")] = False,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", "--detach", help="Return when the network has accepted it (exit 8).")
@@ -74,7 +82,8 @@ def create_vm(
 
     started_s = time.monotonic()
     timeout_s = parse_duration_s(timeout, what="--timeout")
-    wanted = _Wanted(name, cpus, memory, disk, publish or [], no_publish, env or [], env_file or [], failover, no_start)
+    environment = (env or [], env_file or [])
+    wanted = _Wanted(name, cpus, memory, disk, publish or [], no_publish, *environment, failover, restart, no_start)
     request = wanted.request(_image(cli, image))
     made = make_wish(cli, request)
     watch = Watch(
@@ -116,6 +125,7 @@ class _Wanted:
         env: Sequence[str],
         env_files: Sequence[Path],
         failover: str | None,
+        restart: str,
         no_start: bool,
     ) -> None:
         """Check what can be checked without asking a node.
@@ -125,7 +135,7 @@ class _Wanted:
         """
         from formation.cli.ports import parse_env, parse_publish
         from formation.core.ids import check_label
-        from formation.core.spec import DISK_GIB_MAX, FAILOVER_S_DEFAULT, MEMORY_MIB_MAX, MEMORY_MIB_MIN, VCPUS_MAX
+        from formation.core.spec import DISK_GIB_MAX, FAILOVER_S_DEFAULT, MEMORY_MIB_MAX, MEMORY_MIB_MIN, VCPUS_MAX, Restart
 
         if publish and no_publish:
             raise UsageError("--publish and --no-publish exclude each other", hint="leave one away")
@@ -137,6 +147,9 @@ class _Wanted:
         self._no_publish = no_publish
         self._env = parse_env(env, env_files)
         self._failover_s = FAILOVER_S_DEFAULT if failover is None else _failover_s(failover)
+        if restart not in set(Restart):
+            raise UsageError(f"--restart: {restart[:40]!r} is none of them", hint=f"give {', '.join(Restart)}")
+        self._restart = Restart(restart)
         self._no_start = no_start
 
     def request(self, image: Mapping[str, Any]) -> VmRequested:
@@ -160,6 +173,7 @@ class _Wanted:
             "publish": self._ports(image),
             "env": self._env,
             "failover_s": self._failover_s,
+            "restart": self._restart,
             "desired": Desired.STOPPED if self._no_start else Desired.RUNNING,
         }
         check_vm_spec(VmSpec(**fields))

@@ -35,7 +35,7 @@ import msgspec
 from formation.core.codec import decode, encode
 from formation.core.errors import DecodeError
 from formation.core.grants import Role
-from formation.core.spec import FAILOVER_S_DEFAULT, Desired, PortMap, Resources, VmPhase
+from formation.core.spec import FAILOVER_S_DEFAULT, Desired, PortMap, Resources, Restart, VmPhase
 
 # An operation body; a record field that needs more belongs into a blob (design/state section 2).
 BODY_SIZE_MAX_BYTES = 64 * 1024
@@ -224,6 +224,7 @@ class VmRequested(Event, frozen=True, kw_only=True):
     publish: tuple[PortMap, ...] = ()
     env: dict[str, str] = {}
     failover_s: int = FAILOVER_S_DEFAULT
+    restart: Restart = Restart.ON_FAILURE
     desired: Desired = Desired.RUNNING
     generation: int = 0
 

@@ -58,6 +58,15 @@ class Desired(StrEnum):
     STOPPED = "stopped"
 
 
+class Restart(StrEnum):
+    """What becomes of a VM that ended although it should run. One that never became ready has failed, whatever is asked for."""
+
+    ALWAYS = "always"
+    ON_FAILURE = "on-failure"
+    """Unless its guest powered itself off. After many failures in a row it has failed."""
+    NEVER = "never"
+
+
 class PortMap(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """A guest port published on the node's own address; array of three."""
 
@@ -91,6 +100,7 @@ class VmSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     env: dict[str, str] = {}
     failover_s: int = FAILOVER_S_DEFAULT
     """How long after its node was lost another one starts it, with a new disk; 0: never, it waits for its node."""
+    restart: Restart = Restart.ON_FAILURE
     desired: Desired = Desired.RUNNING
     generation: int = 0
     """Raised by each start and stop, so that `start` after a failure is a new wish."""

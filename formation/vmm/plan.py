@@ -119,7 +119,8 @@ def next_step(goal: Goal, seen: Observed) -> Step | None:
 
 
 def _raise(seen: Observed) -> Step | None:
-    if seen.said is Said.FAILED:
+    # A start is a new generation: what has stopped in this one did so by itself, and rests.
+    if seen.said in (Said.FAILED, Said.STOPPED):
         return Step.KILL if seen.has_process else None
     if seen.failure:
         return Step.KILL if seen.has_process else Step.FAIL

@@ -32,6 +32,7 @@ from formation.core.event import (
 )
 from formation.core.ids import Digest, NodeId
 from formation.core.spec import Desired, VmPhase, VmRecord
+from formation.core.units import format_duration
 from formation.net.service import NetService
 from formation.pack.guest import VmGuestConfig, vm_config_cpio
 from formation.state.feed import Level
@@ -378,10 +379,12 @@ class Reconciler:
         memory = self.memory(record.vm_id)
         # The disk stays: it may hold the owner's data. So does the log, which says more than the reason.
         memory.is_attached = False
-        await self._net.detach_nic(record.vm_id)
-        event = VmFailed(trace_id=record.trace_id, generation=record.spec.generation, reason=memory.failure)
+        if not memory.has_ended_itself:
+            await self._net.detach_nic(record.vm_id)
+        kind = VmStopped if memory.has_ended_itself else VmFailed
+        event = kind(trace_id=record.trace_id, generation=record.spec.generation, reason=memory.failure)
         await self._say(event, record.vm_id)
-        memory.note_said(Said.FAILED, generation=record.spec.generation)
+        memory.note_said(Said.STOPPED if memory.has_ended_itself else Said.FAILED, generation=record.spec.generation)
         memory.failure = ""
 
     async def _stop(self, record: VmRecord) -> None:
@@ -407,6 +410,17 @@ class Reconciler:
         memory.note_said(Said.UNDER_WAY, generation=record.spec.generation)
         memory.is_lapse_said = True
 
+    async def say_restart(self, record: VmRecord, reason: str, pause_s: float) -> None:
+        """Its process ended and is started again: until then people read why, and nobody takes it for ready."""
+        memory = self.memory(record.vm_id)
+        self._wake_at(record.vm_id, memory.retry_at)
+        memory.note_said(Said.UNDER_WAY, generation=record.spec.generation)
+        text = f"{reason}; it is started again in {format_duration(pause_s)}, for the {_ordinal(memory.restart_count)} time"
+        try:
+            await self._say(VmScheduled(**_about(record), node_id=self._node_id, reason=text), record.vm_id)
+        except FormationError as exc:
+            log.warning("vm.restart_not_said", vm_id=record.vm_id, error=exc.message)
+
     def _fence(self, vm_id: str) -> tuple[int, int] | None:
         placement = (record := self._state.view.vm(vm_id)) and record.placement
         return placement.fence if placement else None
@@ -427,6 +441,11 @@ class _NotSaidError(FormationError):
     """The state did not take an event; it is said at the next look."""
 
     retryable = True
+
+
+def _ordinal(count: int) -> str:
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(count % 10, "th") if count % 100 not in (11, 12, 13) else "th"
+    return f"{count}{ending}"
 
 
 def _about(record: VmRecord) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import trio
 from formation.core.clock import NS_PER_MS, Clock
 from formation.core.errors import ConflictError, FormationError, HostError
 from formation.core.ids import Digest, NodeId
-from formation.core.spec import Desired, NodeRecord, Resources, VmRecord
+from formation.core.spec import Desired, NodeRecord, Resources, VmPhase, VmRecord
 from formation.core.units import format_duration
 from formation.net.service import NetService
 from formation.p2p.transport import TaskStatus
@@ -279,6 +279,9 @@ class VmmService:
         placement, spec = record.placement, record.spec
         if placement is None or not spec.failover_s or spec.desired is not Desired.RUNNING:
             return False
+        if record.status.generation == spec.generation and record.status.phase in (VmPhase.STOPPED, VmPhase.FAILED):
+            # It rests until its owner wishes anew.
+            return False
         # The claim decides, by the spine's time, which may stand still while nobody writes; this is when to try.
         is_over = self._clock.now_ns() // NS_PER_MS > placement.expires_ms + LAPSE_MARGIN_MS
         return is_over and not self._is_live(NodeId(placement.node_id))
@@ -415,7 +418,7 @@ class VmmService:
             return
         # One that was booting is simply booted again; one that ran has lost its memory, which its owner should know.
         if self._reconciler.said(vm_id, record.spec.generation) is Said.READY:
-            memory.fail(_LOST_REASON, generation=record.spec.generation)
+            await self._note_end(record, _LOST_REASON, ran_s=0.0, was_ready=True)
 
     def _watch_soon(self, vm_id: str, vm: BootedVm) -> None:
         assert self._nursery is not None, "run() first"
@@ -435,9 +438,17 @@ class VmmService:
             record = self._state.view.vm(vm_id)
             memory.vm = None
             if record is not None and not memory.is_stopping:
-                log.warning("vm.ended_unasked", vm_id=vm_id, reason=reason)
-                memory.fail(reason, generation=record.spec.generation)
+                ran_s = max(0, self._clock.now_ns() // NS_PER_MS - vm.started_ms) / 1000
+                await self._note_end(record, reason, ran_s=ran_s, was_ready=not failure and vm.boot_ms is not None)
         self._reconcile_soon(vm_id)
+
+    async def _note_end(self, record: VmRecord, reason: str, *, ran_s: float, was_ready: bool) -> None:
+        """A process ended and nobody asked for that: start it again, or let it rest, as its owner wants it."""
+        log.warning("vm.ended_unasked", vm_id=record.vm_id, reason=reason)
+        spec, memory = record.spec, self._reconciler.memory(record.vm_id)
+        pause_s = memory.note_end(spec.restart, reason, ran_s=ran_s, was_ready=was_ready, generation=spec.generation)
+        if pause_s is not None and spec.desired is Desired.RUNNING:
+            await self._reconciler.say_restart(record, reason, pause_s)
 
     async def _wait_ready(self, vm_id: str, vm: BootedVm) -> str:
         """Why the guest did not become ready; empty when it did."""

@@ -14,6 +14,7 @@ from formation.core.errors import ConflictError, FormationError, HostError, NotF
 from formation.p2p.transport import TaskStatus
 from formation.vmm.console import Console, MemoryLog
 from formation.vmm.hypervisor import ACPI_STOP_DEADLINE_S, AGENT_STOP_DEADLINE_S, BootRequest, Capabilities, StopHow
+from formation.vmm.words import POWERED_OFF
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,9 +79,7 @@ class TwinVm:
             if not self.minds_acpi:
                 await trio.sleep(ACPI_STOP_DEADLINE_S)
                 how = StopHow.KILL
-        self.crash(
-            "the guest powered itself off" if how is not StopHow.KILL else "the hypervisor was killed by signal 9 (SIGKILL)"
-        )
+        self.crash(POWERED_OFF if how is not StopHow.KILL else "the hypervisor was killed by signal 9 (SIGKILL)")
         return how
 
     def say_ready(self) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import signal
 
 REASON_LENGTH_MAX = 300
+POWERED_OFF = "the guest powered itself off"
+"""The one end that is no failure."""
 
 
 def describe_exit(*, shutdown_reason: str, status: int | None, stderr: bytes, console_tail: bytes) -> str:
@@ -15,7 +17,7 @@ def describe_exit(*, shutdown_reason: str, status: int | None, stderr: bytes, co
     panic = [line for line in console_tail.split(b"\n") if b"Kernel panic" in line]
     match shutdown_reason:
         case "guest-shutdown":
-            return "the guest powered itself off"
+            return POWERED_OFF
         case "guest-reset" | "guest-panic" if panic:
             return f"the guest's kernel died: {printable(panic[-1])}"
         case "guest-reset":

@@ -86,6 +86,19 @@ def wait_for(condition: Callable[[], bool], *, what: str, timeout_s: float = 60.
         time.sleep(0.2)
 
 
+def hypervisors_of(vm_id: str) -> set[int]:
+    """Processes that run a VM, of whichever node: by their arguments."""
+    found = set()
+    for entry in os.scandir("/proc"):
+        try:
+            arguments = Path(f"/proc/{entry.name}/cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+        except OSError:
+            continue
+        if arguments and arguments[0].rpartition(b"/")[2].startswith(b"qemu") and vm_id.encode() in arguments:
+            found.add(int(entry.name))
+    return found
+
+
 @pytest.fixture
 def formation() -> Iterator[Commands]:
     """A network of four with the hello image built at the first node."""

@@ -16,7 +16,7 @@ import pytest
 
 from formation.cli.local_network import LocalNode
 from formation.core.errors import FormationError
-from tests.e2e.conftest import Commands, wait_for
+from tests.e2e.conftest import Commands, hypervisors_of, wait_for
 
 pytestmark = [pytest.mark.vm, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -24,19 +24,6 @@ FAILOVER_S = 15
 # The lease, a look at it, a claim, and a boot under emulation on a busy machine.
 MOVE_TIMEOUT_S = 150.0
 _SAMPLE_S = 0.02
-
-
-def hypervisors_of(vm_id: str) -> set[int]:
-    """Processes that run a VM, of whichever node: by their arguments."""
-    found = set()
-    for entry in os.scandir("/proc"):
-        try:
-            arguments = Path(f"/proc/{entry.name}/cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
-        except OSError:
-            continue
-        if arguments and arguments[0].rpartition(b"/")[2].startswith(b"qemu") and vm_id.encode() in arguments:
-            found.add(int(entry.name))
-    return found
 
 
 class Sampler:

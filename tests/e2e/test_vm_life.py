@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from functools import partial
 from urllib.request import urlopen
 
 import pytest
 
 from formation.cli.local_network import LocalNode
-from tests.e2e.conftest import Commands, wait_for
+from tests.e2e.conftest import Commands, hypervisors_of, wait_for
 
 pytestmark = [pytest.mark.vm, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -54,7 +56,21 @@ def test_a_vm_from_command_to_gone(formation: Commands) -> None:
     assert formation.json("vm", "show", "web")["phase"] == "stopped"
     formation("vm", "start", "web")
     assert "<" in page(formation.json("vm", "show", "web"))
+
+    formation("vm", "restart", "web")
+    assert "<" in page(formation.json("vm", "show", "web"))
+
+    # Its hypervisor dies: it is started again, and people read why.
+    vm_id = vm["vm_id"]
+    (pid,) = hypervisors_of(vm_id)
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: hypervisors_of(vm_id) not in ({pid}, set()), what="web has another process")
+    assert "was killed by signal 9 (SIGKILL); it is started again in" in formation("events", "--vm", "web", "-o", "json").stdout
+    wait_for(partial(is_running, formation, holder), what="web runs again")
+    assert "<" in page(formation.json("vm", "show", "web"))
+
     formation("vm", "delete", "web", "--yes")
+    assert hypervisors_of(vm_id) == set()
     assert formation("vm", "show", "web", status=5).stderr.startswith("Error:")
     for node in formation.network.nodes:
         wait_for(partial(has_no_vm, formation, node), what=f"{node.name} forgets web")

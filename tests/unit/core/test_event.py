@@ -79,6 +79,7 @@ def test_fields_are_plain_values() -> None:
         "publish": ([80, "tcp", 0],),
         "env": {"A": "b"},
         "failover_s": 300,
+        "restart": "on-failure",
         "desired": "running",
         "generation": 0,
     }

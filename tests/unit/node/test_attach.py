@@ -170,7 +170,7 @@ async def test_a_console_that_does_not_run_elsewhere_is_refused(tmp_path: Path, 
     """The holder's error arrives as the error it is."""
     async with two_nodes(tmp_path) as (nodes, vm_id, guest):
         guest.crash("the guest powered itself off")
-        await nodes.phase(vm_id, "failed")
+        await nodes.phase(vm_id, "stopped")
         answer = await nodes.client(ASKER).get("/v1/vms/web/console", formation_permit=nodes.permit(vm_id))
         assert answer.error() == (409, "conflict")
 

@@ -10,11 +10,12 @@ import trio
 import trio.testing
 
 from formation.core.errors import ConflictError, HostError, UnavailableError
-from formation.core.spec import Desired, Placement, PortMap, Resources, VmPhase
+from formation.core.spec import Desired, Placement, PortMap, Resources, Restart, VmPhase
 from formation.vmm.hypervisor import MissingHypervisor, PortLostError
 from formation.vmm.leases import CLAIM_DEADLINE_S
-from formation.vmm.memory import RETRY_COUNT_MAX
+from formation.vmm.memory import RESTART_COUNT_MAX, RESTART_FORGIVEN_AFTER_S, RESTART_PAUSE_S_MAX, RETRY_COUNT_MAX
 from formation.vmm.twin import TwinHypervisor, TwinWorld
+from formation.vmm.words import POWERED_OFF
 from tests.unit.vmm.fakes import BIG, VM, FakeClock, Rig, make_rig, node, record
 
 pytestmark = pytest.mark.usefixtures("inline_threads")
@@ -132,9 +133,9 @@ async def test_delete_while_fetching_gives_up_at_once(tmp_path: Path, autojump_c
 
 
 async def test_unexpected_exit_fails_the_generation(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
-    """A hypervisor that dies makes the VM failed with the reason; only a new wish starts it again."""
+    """Where it shall not be started again: the VM has failed, with the reason, until a new wish."""
     rig = make_rig(tmp_path, twin())
-    rig.view.vm_records[VM] = record()
+    rig.view.vm_records[VM] = record(restart=Restart.NEVER)
     async with running(rig):
         await until_phase(rig, VmPhase.RUNNING)
         rig.hypervisor.world.processes[VM].crash("the guest's kernel died")
@@ -146,6 +147,78 @@ async def test_unexpected_exit_fails_the_generation(tmp_path: Path, autojump_clo
         wish(rig, Desired.RUNNING)
         await rig.service.reconcile_vm(VM)
         await until_phase(rig, VmPhase.RUNNING)
+
+
+@pytest.mark.parametrize("restart", [Restart.ON_FAILURE, Restart.ALWAYS])
+async def test_a_service_that_dies_is_started_again(
+    restart: Restart, tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Later each time; people read why. One that always dies has failed in the end, unless it shall be started always."""
+    rig = make_rig(tmp_path, twin())
+    rig.view.vm_records[VM] = record(restart=restart)
+    async with running(rig):
+        pauses = []
+        for number in range(RESTART_COUNT_MAX):
+            await until_phase(rig, VmPhase.RUNNING)
+            await trio.sleep(1)
+            rig.hypervisor.world.processes[VM].crash("the guest's kernel died")
+            died = trio.current_time()
+            await until_phase(rig, VmPhase.FETCHING)
+            assert "the guest's kernel died; it is started again in" in rig.view.vm_records[VM].status.reason
+            with trio.fail_after(400):
+                while VM not in rig.hypervisor.world.processes:  # noqa: ASYNC110 - mocked time
+                    await trio.sleep(0.05)
+            pauses.append(trio.current_time() - died)
+            assert pauses[number] >= min(2.0**number, RESTART_PAUSE_S_MAX)
+        assert pauses == sorted(pauses)
+        assert pauses[-1] < RESTART_PAUSE_S_MAX + 10
+        await until_phase(rig, VmPhase.RUNNING)
+        rig.hypervisor.world.processes[VM].crash("the guest's kernel died")
+        await until_phase(rig, VmPhase.FAILED if restart is Restart.ON_FAILURE else VmPhase.FETCHING)
+        reason = rig.view.vm_records[VM].status.reason
+        assert ("started again 10 times" in reason) == (restart is Restart.ON_FAILURE)
+
+
+async def test_what_ran_for_long_is_started_again_soon(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Its failures of long ago count no more."""
+    rig = make_rig(tmp_path, twin())
+    rig.view.vm_records[VM] = record()
+    async with running(rig):
+        for _ in range(RESTART_COUNT_MAX * 2):
+            await until_phase(rig, VmPhase.RUNNING)
+            await trio.sleep(RESTART_FORGIVEN_AFTER_S + 1)
+            rig.hypervisor.world.processes[VM].crash("killed")
+            died = trio.current_time()
+            await until_phase(rig, VmPhase.FETCHING)
+            await until_phase(rig, VmPhase.RUNNING)
+            assert trio.current_time() - died < 5
+    assert "vm.failed" not in rig.state.verbs()
+
+
+@pytest.mark.parametrize("restart", list(Restart))
+async def test_a_guest_that_powers_itself_off(restart: Restart, tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """It has stopped, which is no failure, and stays so also when its node starts anew; or is started again always."""
+    world = TwinWorld()
+    rig = make_rig(tmp_path, twin(world))
+    rig.view.vm_records[VM] = record(restart=restart)
+    async with running(rig):
+        await until_phase(rig, VmPhase.RUNNING)
+        ports = rig.net.lease(VM)
+        world.processes[VM].crash(POWERED_OFF)
+        if restart is Restart.ALWAYS:
+            await until_phase(rig, VmPhase.FETCHING)
+            await until_phase(rig, VmPhase.RUNNING)
+            return
+        await until_phase(rig, VmPhase.STOPPED)
+        assert rig.view.vm_records[VM].status.reason == POWERED_OFF
+        assert rig.net.lease(VM) == ports
+    again = make_rig(tmp_path, twin(world), view=rig.view)
+    async with running(again):
+        await trio.sleep(600)
+        assert not world.processes
+        wish(again, Desired.RUNNING)
+        await again.service.reconcile_vm(VM)
+        await until_phase(again, VmPhase.RUNNING)
 
 
 async def test_guest_that_fails_is_ended(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
@@ -267,11 +340,26 @@ async def test_running_vm_is_adopted(tmp_path: Path, autojump_clock: trio.testin
         assert again.state.verbs() == []
         assert world.processes[VM] is process
         process.crash("killed")
-        await until_phase(again, VmPhase.FAILED)
+        await until_phase(again, VmPhase.FETCHING)
+        await until_phase(again, VmPhase.RUNNING)
 
 
 async def test_vm_lost_while_node_was_away_fails(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
-    """A VM that ran and whose process is gone when the node comes back has failed, and is not started silently."""
+    """A VM that ran and whose process is gone when the node comes back ended by itself: it fails, or is started again."""
+    world = TwinWorld()
+    rig = make_rig(tmp_path, twin(world))
+    rig.view.vm_records[VM] = record(restart=Restart.NEVER)
+    async with running(rig):
+        await until_phase(rig, VmPhase.RUNNING)
+    world.processes.clear()
+    again = make_rig(tmp_path, twin(world), view=rig.view)
+    async with running(again):
+        await until_phase(again, VmPhase.FAILED)
+    assert again.state.verbs() == ["vm.failed"]
+
+
+async def test_a_host_that_was_rebooted_starts_its_vms_again(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Their processes are gone; people read so, and their services come back."""
     world = TwinWorld()
     rig = make_rig(tmp_path, twin(world))
     rig.view.vm_records[VM] = record()
@@ -280,8 +368,9 @@ async def test_vm_lost_while_node_was_away_fails(tmp_path: Path, autojump_clock:
     world.processes.clear()
     again = make_rig(tmp_path, twin(world), view=rig.view)
     async with running(again):
-        await until_phase(again, VmPhase.FAILED)
-    assert again.state.verbs() == ["vm.failed"]
+        await until_phase(again, VmPhase.FETCHING)
+        assert "gone when this node came back" in again.view.vm_records[VM].status.reason
+        await until_phase(again, VmPhase.RUNNING)
 
 
 async def test_half_done_create_goes_on_after_restart(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
