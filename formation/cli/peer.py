@@ -40,14 +40,27 @@ SHOW_FIELDS = (
 @command(
     group,
     "list",
-    examples=("formation peer list", "formation peer list -o wide", "formation peer list --on node2"),
+    examples=(
+        "formation peer list",
+        "formation peer list --role gpu",
+        "formation peer list -o wide",
+        "formation peer list --on node2",
+    ),
     aliases=("ls",),
     forwarded=True,
 )
-def list_peers(cli: Cli) -> None:
+def list_peers(
+    cli: Cli,
+    role: Annotated[str, typer.Option("--role", metavar="ROLE", help="Those that say that they have it: gpu, ingress, …")] = "",
+) -> None:
     """Show known and connected peers, and those that something is held against."""
-    peers = cli.client.rows("/v1/peers", "peers")
-    cli.out.rows(peers, LIST_COLUMNS, name="node_id", empty="No peers.")
+    if role:
+        empty = f"No peer says that it has the role {role}."
+        peers = cli.client.rows("/v1/peers", "peers", {"role": role})
+    else:
+        empty = "No peers."
+        peers = cli.client.rows("/v1/peers", "peers")
+    cli.out.rows(peers, LIST_COLUMNS, name="node_id", empty=empty)
     if cli.out.is_for_people and peers:
         connected_count = sum(bool(peer["connected"]) for peer in peers)
         cli.out.hint(f"{connected_count} of {len(peers)} connected.")

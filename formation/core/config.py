@@ -51,6 +51,13 @@ SETTINGS: dict[str, Setting] = {
     "node.operators": Setting(
         list, "accounts that may read this node's status, peers and metrics through other nodes", may_be_empty=True
     ),
+    "node.kademlia": Setting(
+        str,
+        "answer in Kademlia (server) or only ask (client); auto: as others can dial us",
+        choices=("auto", "server", "client"),
+    ),
+    "node.mdns": Setting(str, "find nodes of this network on the LAN, and be found there", choices=("on", "off")),
+    "node.roles": Setting(list, "what this node is for, told to all: gpu, ingress, relay, …", may_be_empty=True),
     "node.public_address": Setting(str, "host or IP at which published ports are reached"),
     "node.api_socket": Setting(str, "unix socket of the HTTP API"),
     "node.api_tcp": Setting(str, "HOST:PORT of the HTTP API as well; empty: none"),
@@ -109,6 +116,9 @@ def default_values(env: Mapping[str, str], *, is_root: bool) -> dict[str, Any]:
         "node.network_key": "",
         "node.security": "noise",
         "node.operators": [],
+        "node.kademlia": "auto",
+        "node.mdns": "off",
+        "node.roles": [],
         "node.public_address": "127.0.0.1",
         "node.api_socket": str(socket),
         "node.api_tcp": "",

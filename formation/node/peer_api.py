@@ -11,13 +11,17 @@ from typing import Any
 import trio
 
 from formation.core.errors import DeniedError, NotFoundError, UnavailableError, UsageError
-from formation.core.ids import NodeId, pick_by_name_or_prefix, public_key_of_node
+from formation.core.ids import NodeId, check_label, pick_by_name_or_prefix, public_key_of_node
 from formation.node.reads import Reads
 from formation.node.state_api import Answer, Ask, StateRoute
+from formation.p2p.kad_wire import role_key
 from formation.p2p.service import PeerState
 
 # A dial, a look-up, and a round trip round the world.
 PING_TIMEOUT_S = 15.0
+# A walk through the network (kad.LOOKUP_TIMEOUT_S) that waits for others.
+ROLE_TIMEOUT_S = 30.0
+ROLE_PEER_COUNT_MAX = 32
 
 
 class PeerApi:
@@ -37,11 +41,24 @@ class PeerApi:
             StateRoute("POST", "/v1/peers/{ref}/ping", self.post_ping),
         )
 
-    async def get_peers(self, _: Ask) -> Answer:
-        """Known and connected peers, and those that something is held against."""
+    async def get_peers(self, ask: Ask) -> Answer:
+        """Known and connected peers, and those that something is held against; with `?role=NAME` those that say they have it.
+
+        Raises:
+          UsageError: that is no role's name.
+        """
+        if role := ask.query.get("role", ""):
+            return await self._peers_of_role(check_label(role, what="role"))
         states = {state.node_id: state for state in self._p2p.peers()}
         ids = sorted(states.keys() | {stands.node_id for stands in self._p2p.scores()})
         return [self._peer(node_id, states.get(node_id)) for node_id in ids]
+
+    async def _peers_of_role(self, role: str) -> list[dict[str, Any]]:
+        found: tuple[NodeId, ...] = ()
+        with trio.move_on_after(ROLE_TIMEOUT_S):
+            found = await self._p2p.find_providers(role_key(role), count_max=ROLE_PEER_COUNT_MAX)
+        states = {state.node_id: state for state in self._p2p.peers()}
+        return [self._peer(node_id, states.get(node_id)) for node_id in sorted(found)]
 
     async def get_peer(self, ask: Ask) -> Answer:
         """One of them."""

@@ -15,6 +15,7 @@ from formation.core.errors import HostError, UsageError
 from formation.core.ids import AccountId, NodeId, check_label, public_key_of_account, public_key_of_node
 from formation.core.spec import Resources
 from formation.core.units import GIB, MIB
+from formation.p2p.kad import KadMode
 
 # Emulated and idle guests share cores well; memory and disk are not overcommitted at all.
 VCPUS_PER_CORE = 2
@@ -22,6 +23,10 @@ VCPUS_PER_CORE = 2
 MEMORY_RESERVE_MIB = 1024
 # A file system that is full corrupts guests: their sparse disks get an I/O error instead of a refusal.
 DISK_RESERVE_SHARE = 0.1
+
+
+# A role is a few records kept by 20 peers each.
+ROLE_COUNT_MAX = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +43,9 @@ class NodeSettings:
     network_key: Path | None
     security: Literal["noise", "tls", "both"]
     operators: frozenset[AccountId]
+    kademlia: KadMode
+    mdns: bool
+    roles: tuple[str, ...]
     public_address: str
     api_socket: Path
     api_tcp: str
@@ -78,6 +86,9 @@ def node_settings(merged: Mapping[str, Value]) -> NodeSettings:
         network_key=_absolute(value("network_key")) if value("network_key") else None,
         security=_security(value("security")),
         operators=_account_ids(value("operators"), "node.operators"),
+        kademlia=_kad_mode(value("kademlia")),
+        mdns=value("mdns") == "on",
+        roles=_roles(value("roles")),
         public_address=str(value("public_address")),
         api_socket=check_socket_path(_absolute(value("api_socket"))),
         api_tcp=api_tcp,
@@ -112,6 +123,19 @@ def _checked(value: object, setting: str, check: Callable[[Any], object], *, wha
 def _security(value: object) -> Literal["noise", "tls", "both"]:
     assert value in ("noise", "tls", "both")
     return value
+
+
+def _kad_mode(value: object) -> KadMode:
+    # One of its choices, as the configuration has checked.
+    return "server" if value == "server" else "client" if value == "client" else "auto"
+
+
+def _roles(value: object) -> tuple[str, ...]:
+    assert isinstance(value, list)
+    roles = tuple(dict.fromkeys(check_label(role, what="node.roles") for role in value))
+    if len(roles) > ROLE_COUNT_MAX:
+        raise UsageError(f"node.roles: {len(roles)} roles", hint=f"{ROLE_COUNT_MAX} at most: each is told to the network")
+    return roles
 
 
 def split_host_port(text: str) -> tuple[str, int]:

@@ -22,6 +22,8 @@ from formation.node.health import Liveness
 from formation.node.identity import load_or_make_key, read_network_key
 from formation.node.reads import Reads
 from formation.node.settings import NodeSettings, offered_capacity
+from formation.p2p.kad_wire import role_key
+from formation.p2p.mdns import Mdns
 from formation.p2p.peer_store import FilePeerStore
 from formation.p2p.service import P2pService
 from formation.pack.service import PackService
@@ -85,7 +87,12 @@ async def build_node(settings: NodeSettings) -> Node:
         now_ms=lambda: clock.now_ns() // NS_PER_MS,
         denied=settings.deny_peers,
         allowed=settings.allow_peers,
+        network_id=manifest.network_id,
+        kad_mode=settings.kademlia,
+        mdns=Mdns(network_id=manifest.network_id, node_id=key.node_id, rng=rng) if settings.mdns else None,
     )
+    for role in settings.roles:
+        p2p.provide(role_key(role))
     return assemble(
         settings,
         key=key,

@@ -23,6 +23,7 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import structlog
 import trio
@@ -98,10 +99,23 @@ class Sight:
     """For how long half of them or more have been out of sight; None: they are not, or for a moment only."""
 
 
+class Finder(Protocol):
+    """Whom discovery asks (`kad`)."""
+
+    async def find_addresses(self, node_id: NodeId) -> tuple[str, ...]:
+        """Multiaddrs of a peer as others tell them; () if nobody does."""
+        ...
+
+    async def find_peers(self) -> dict[NodeId, tuple[str, ...]]:
+        """Some peers that others know, with their addresses; another few each time."""
+        ...
+
+
 class Discovery:
     """Keeps the peers of a table connected, and enough others.
 
     Args:
+      finder: who knows where others are.
       save: puts the peer book on disk, when it has changed; must not raise.
       now_ms: the wall clock, for the book.
     """
@@ -110,6 +124,7 @@ class Discovery:
         self,
         *,
         transport: Transport,
+        finder: Finder,
         table: PeerTable,
         presence: Presence,
         scores: PeerScores,
@@ -119,6 +134,7 @@ class Discovery:
         rng: random.Random,
     ) -> None:
         self._transport = transport
+        self._finder = finder
         self._table = table
         self._presence = presence
         self._scores = scores
@@ -228,7 +244,7 @@ class Discovery:
                 failure = exc
             else:
                 return
-        found = tuple(address for address in await self._transport.find_addresses(node_id) if address not in addresses)
+        found = tuple(address for address in await self._finder.find_addresses(node_id) if address not in addresses)
         if failure is not None and not found:
             raise failure
         self._table.learn_addresses(node_id, found)
@@ -268,6 +284,12 @@ class Discovery:
             if not self._presence.is_up(node_id):
                 self._visited.discard(node_id)
         return True
+
+    def keep(self, node_id: NodeId) -> None:
+        """A peer that was visited is of our network, and wanted: it is one like any other from now on."""
+        self._visited.discard(node_id)
+        if self._nursery is not None:
+            self._nursery.start_soon(self._remember_soon, node_id)
 
     async def _dial(self, node_id: NodeId, addresses: tuple[str, ...], *, is_kept: bool = True) -> None:
         """One dial at a time to each peer: who comes meanwhile shares its outcome. If it is kept, the book hears of it."""
@@ -384,10 +406,7 @@ class Discovery:
         if not connected or now_s - self._asked_at_s < (self._ask_wait_s if is_lonely else ASK_INTERVAL_S):
             return
         self._asked_at_s = now_s
-        try:
-            found = await self._transport.find_peers()
-        except UnavailableError:
-            return  # the network is being made anew
+        found = await self._finder.find_peers()
         told = {
             node_id: addresses
             for node_id, addresses in found.items()
@@ -397,12 +416,19 @@ class Discovery:
         is_calm = not is_news and not self._is_partitioned
         self._ask_wait_s = min(2 * self._ask_wait_s, ASK_INTERVAL_S) if is_calm else ASK_INTERVAL_LONELY_S
         for node_id, addresses in told.items():
-            self._hearsay.pop(node_id, None)
-            self._hearsay[node_id] = tuple(filter(is_dialable, addresses))[:SEEK_ADDRESS_COUNT_MAX]
-        while len(self._hearsay) > HEARSAY_COUNT_MAX:
-            del self._hearsay[next(iter(self._hearsay))]
+            self.note_hearsay(node_id, addresses)
         for node_id in [n for n in self._retry_at_s if n not in self._hearsay and n not in self._book]:
             del self._retry_at_s[node_id]
+
+    def note_hearsay(self, node_id: NodeId, addresses: tuple[str, ...]) -> None:
+        """Somebody says where a peer is: to be tried, if we need more peers or this one."""
+        usable = tuple(filter(is_dialable, addresses))[:SEEK_ADDRESS_COUNT_MAX]
+        if not usable or node_id == self._transport.node_id or self._presence.is_up(node_id):
+            return
+        self._hearsay.pop(node_id, None)
+        self._hearsay[node_id] = usable
+        while len(self._hearsay) > HEARSAY_COUNT_MAX:
+            del self._hearsay[next(iter(self._hearsay))]
 
     async def _trim_loop(self) -> None:
         while True:

@@ -23,10 +23,18 @@ from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
 from formation.p2p.libp2p_admission import Admission
 from formation.p2p.libp2p_gossip import running_gossip
-from formation.p2p.libp2p_kad import Kad, dialable
 from formation.p2p.libp2p_muxer import traffic
 from formation.p2p.libp2p_patches import apply_patches
-from formation.p2p.libp2p_setup import Security, check_free, dial_address, listen_address, make_host, parse_address, parse_id
+from formation.p2p.libp2p_setup import (
+    Security,
+    check_free,
+    dial_address,
+    dialable,
+    listen_address,
+    make_host,
+    parse_address,
+    parse_id,
+)
 from formation.p2p.libp2p_stream import Libp2pStream
 from formation.p2p.score import Offence
 from formation.p2p.serving import serve_one
@@ -115,7 +123,6 @@ class Libp2pTransport:
         self._host: Any = None
         self._gossip: Any = None
         self._subscribing = trio.Lock()
-        self._kad: Kad | None = None
         self._nursery: trio.Nursery | None = None
         self._stream_failed_count = 0
         self._published_count = 0
@@ -164,8 +171,6 @@ class Libp2pTransport:
                 async with trio.open_nursery() as nursery:
                     self._nursery = nursery
                     try:
-                        self._kad = Kad(host)
-                        nursery.start_soon(self._kad.run)
                         await nursery.start(self._keep_gossip, host)
                         task_status.started(tuple(str(address) for address in self._listen))
                         await trio.sleep_forever()
@@ -293,18 +298,24 @@ class Libp2pTransport:
             self._up.discard(node_id)
         for callback in self._callbacks:
             callback(node_id, is_up)
-        if is_up and self._nursery is not None and self._kad is not None:
-            self._nursery.start_soon(self._kad.add_peer, node_id)
 
-    async def find_addresses(self, node_id: NodeId) -> tuple[str, ...]:
+    def seen_at(self, node_id: NodeId) -> str:
         """See Transport."""
-        self._running_host()
-        return () if self._kad is None else await self._kad.find_addresses(node_id)
+        if self._host is None:
+            return ""
+        for connection in self._host.get_network().get_connections(parse_id(node_id)):
+            try:
+                remote = None if connection.is_closed else connection.muxed_conn.get_remote_address()
+            except Exception as exc:  # noqa: BLE001 - it is closing
+                _logger.debug("remote address not read", peer=node_id, error=repr(exc))
+                continue
+            if remote is not None:
+                return f"/ip{6 if ':' in remote[0] else 4}/{remote[0].partition('%')[0]}/tcp/{remote[1]}"
+        return ""
 
-    async def find_peers(self) -> dict[NodeId, tuple[str, ...]]:
+    def own_addresses(self) -> tuple[str, ...]:
         """See Transport."""
-        self._running_host()
-        return {} if self._kad is None else await self._kad.find_peers()
+        return () if self._host is None else dialable(self._node_id, self._host.get_addrs())
 
     def told_addresses(self, node_id: NodeId) -> tuple[str, ...]:
         """See Transport."""
@@ -342,6 +353,25 @@ class Libp2pTransport:
             self._bulk_protocols.add(protocol)
         if self._host is not None:
             self._host.set_stream_handler(protocol, self._stream_handler(protocol, handler))
+            self._tell_protocols()
+
+    def unserve_stream(self, protocol: str) -> None:
+        """See Transport."""
+        if self._handlers.pop(protocol, None) is not None and self._host is not None:
+            self._host.remove_stream_handler(protocol)
+            self._tell_protocols()
+
+    def _tell_protocols(self) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(self._push_identify)
+
+    async def _push_identify(self) -> None:
+        """Tell those who are connected what we serve by now; others ask."""
+        try:
+            with trio.move_on_after(OPEN_TIMEOUT_S):
+                await self._host._push_identify_to_all_peers()
+        except Exception as exc:  # noqa: BLE001 - they hear of it with their next identify
+            _logger.debug("identify not pushed", error=repr(exc))
 
     def _stream_handler(self, protocol: str, handler: StreamHandler) -> Any:
         is_bulk = protocol in self._bulk_protocols

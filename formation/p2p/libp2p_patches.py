@@ -11,7 +11,6 @@ silence after a failure).
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import logging
 from typing import Any
@@ -37,8 +36,6 @@ from formation.p2p.libp2p_muxer import Muxer
 from formation.p2p.libp2p_pnet import ProtectedConnection
 
 LIBP2P_VERSION = "0.8.1"
-KAD_PROTOCOL = "/formation/kad/1"
-_KAD_MODULES = ("common", "kad_dht", "peer_routing", "value_store", "provider_store")
 
 IDENTIFY_TIMEOUT_S = 15.0
 # Outbound gossip RPCs waiting for one peer; the library's 32 lost a third of the messages at 50 per second.
@@ -68,7 +65,6 @@ def apply_patches() -> None:
     muxer_multistream.Yamux = Muxer
     swarm.new_protected_conn = ProtectedConnection
     _patch_gossip()
-    _patch_kad()
     _applied = True
 
 
@@ -183,7 +179,7 @@ async def _read_tcp(self: Any, n: int | None = None) -> bytes:
         return buffer[start:end]
 
 
-# --- gossip and kad --------------------------------------------------------------------------------------------------
+# --- gossip ---------------------------------------------------------------------------------------------------------
 
 
 class LongQueue(rpc_queue.RpcQueue):  # type: ignore[misc] # the library is untyped here
@@ -230,9 +226,3 @@ async def _emit_control_msgs(self: Any, to_graft: Any, to_prune: Any, to_gossip:
         grafts = [rpc_pb2.ControlGraft(topicID=topic) for topic in to_graft.get(peer, ())]
         prunes = [rpc_pb2.ControlPrune(topicID=topic, backoff=self.prune_back_off) for topic in to_prune.get(peer, ())]
         await self.emit_control_message(self.pack_control_msgs(ihaves, grafts, prunes), peer)
-
-
-def _patch_kad() -> None:
-    """Symptom: our nodes join the public DHT. Cause: `protocol_prefix` is not used on the wire. Cure: our own id."""
-    for name in _KAD_MODULES:
-        importlib.import_module(f"libp2p.kad_dht.{name}").PROTOCOL_ID = KAD_PROTOCOL  # type: ignore[attr-defined]

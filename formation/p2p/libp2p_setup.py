@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
 from formation.p2p.libp2p_admission import HANDSHAKE_TIMEOUT_S, Admission
 from formation.p2p.libp2p_muxer import Muxer
+from formation.p2p.peer_book import is_dialable
 
 # Asked for with each message of the library's; a laptop that changed its network is told of within a minute.
 INTERFACES_TTL_S = 60.0
@@ -214,6 +215,12 @@ def dial_address(text: str, node_id: NodeId) -> Multiaddr:
       UsageError: it is none.
     """
     return parse_address(text.removesuffix(f"/p2p/{node_id}"))
+
+
+def dialable(node_id: NodeId, addresses: Iterable[Any]) -> tuple[str, ...]:
+    """Multiaddrs of the library's as ours, without those that nobody can dial."""
+    texts = (str(address).removesuffix(f"/p2p/{node_id}") for address in addresses)
+    return tuple(dict.fromkeys(text for text in texts if is_dialable(text)))
 
 
 def check_free(addresses: Sequence[Multiaddr]) -> None:

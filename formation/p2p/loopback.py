@@ -229,26 +229,17 @@ class LoopbackTransport:
         """See Transport."""
         return self._network.peers_of(self._node_id) if self._nursery is not None else frozenset()
 
-    async def find_addresses(self, node_id: NodeId) -> tuple[str, ...]:
-        """See Transport."""
-        await trio.sleep(self._network.delay_s())
-        # Anybody that a chain of connections leads to knows its neighbours.
-        reached, todo = {self._node_id}, [self._node_id]
-        while todo:
-            for other in self._network.peers_of(todo.pop()) - reached:
-                reached.add(other)
-                todo.append(other)
-        return (address_of(node_id),) if node_id in reached else ()
-
-    async def find_peers(self) -> dict[NodeId, tuple[str, ...]]:
-        """See Transport."""
-        await trio.sleep(self._network.delay_s())
-        near = {other for peer in self.connected() for other in self._network.peers_of(peer)} - {self._node_id}
-        return {node_id: (address_of(node_id),) for node_id in sorted(near)}
-
     def told_addresses(self, node_id: NodeId) -> tuple[str, ...]:
         """See Transport."""
         return (address_of(node_id),) if node_id in self.connected() else ()
+
+    def seen_at(self, node_id: NodeId) -> str:
+        """See Transport."""
+        return address_of(node_id) if node_id in self.connected() else ""
+
+    def own_addresses(self) -> tuple[str, ...]:
+        """See Transport."""
+        return () if self._nursery is None else (address_of(self._node_id),)
 
     async def close_peer(self, node_id: NodeId) -> None:
         """See Transport."""
@@ -303,6 +294,10 @@ class LoopbackTransport:
     def serve_stream(self, protocol: str, handler: StreamHandler, *, is_bulk: bool = False) -> None:
         """See Transport; its lines have no end of room, so nothing need go first."""
         self._handlers[protocol] = handler
+
+    def unserve_stream(self, protocol: str) -> None:
+        """See Transport."""
+        self._handlers.pop(protocol, None)
 
     # --- gossip ------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,10 @@ from formation.core.errors import DecodeError, UsageError
 from formation.core.ids import NodeId
 from formation.p2p.discovery import Discovery, Sight
 from formation.p2p.frames import FRAME_SIZE_MAX_BYTES
+from formation.p2p.kad import Kad, KadMode
+from formation.p2p.kad_table import Contact
 from formation.p2p.link import LINK_PROTOCOL, FrameHandler, Links
+from formation.p2p.mdns import Mdns
 from formation.p2p.peer_book import PeerBook
 from formation.p2p.peer_store import MemoryPeerStore, PeerStore
 from formation.p2p.ping import PROTOCOL as PING_PROTOCOL
@@ -95,6 +98,9 @@ class P2pService:
       now_ms: the wall clock, for what is remembered.
       denied: peers that we have nothing to do with.
       allowed: if there are any, nobody else is let in but the committee.
+      network_id: 32 bytes; peers of other networks have other Kademlia tables.
+      mdns: finds peers on the LAN; None: it is off.
+      kad_mode: whether we answer in Kademlia; `auto`: unless nobody can dial us (`set_reachable`).
     """
 
     def __init__(
@@ -108,6 +114,9 @@ class P2pService:
         now_ms: Callable[[], int] = lambda: 0,
         denied: frozenset[NodeId] = frozenset(),
         allowed: frozenset[NodeId] = frozenset(),
+        network_id: bytes = bytes(32),
+        kad_mode: KadMode = "auto",
+        mdns: Mdns | None = None,
     ) -> None:
         self._transport = transport
         self._presence = Presence()
@@ -117,8 +126,19 @@ class P2pService:
         self._scores = PeerScores(denied=denied, allowed=allowed)
         self._table = PeerTable(transport.node_id, known_peers)
         self._links = Links(transport=transport, linked=linked, presence=self._presence, rng=rng)
+        self._kad = Kad(
+            transport=transport,
+            network_id=network_id,
+            mode=kad_mode,
+            visit=lambda node_id, addresses: self._visits.of_own_network(node_id, addresses),
+            is_known=self._table.is_known,
+            on_hearsay=lambda node_id, addresses: self._discovery.note_hearsay(node_id, addresses),
+            on_offence=self.report,
+            rng=rng,
+        )
         self._discovery = Discovery(
             transport=transport,
+            finder=self._kad,
             table=self._table,
             presence=self._presence,
             scores=self._scores,
@@ -127,6 +147,7 @@ class P2pService:
             now_ms=now_ms,
             rng=rng,
         )
+        self._mdns = mdns
         self._requests = Requests(transport)
         self._visits = Visits(transport, self._discovery, self._table, self._requests)
         self._publisher = Publisher(transport)
@@ -162,6 +183,9 @@ class P2pService:
             self._nursery = nursery
             addresses: tuple[str, ...] = await nursery.start(self._transport.run)
             nursery.start_soon(self._discovery.run)
+            nursery.start_soon(self._kad.run)
+            if self._mdns is not None:
+                nursery.start_soon(self._mdns.run, self._transport.own_addresses, self._discovery.note_hearsay)
             nursery.start_soon(self._links.run)
             _logger.info("listening", node_id=self.node_id, addresses=addresses)
             task_status.started(addresses)
@@ -281,6 +305,41 @@ class P2pService:
     def subscribers(self, topic: str) -> frozenset[NodeId]:
         """Connected peers that take part in a topic."""
         return self._transport.subscribers(topic)
+
+    # --- Kademlia ----------------------------------------------------------------------------------------------------
+
+    def set_reachable(self, reachable: bool | None) -> None:
+        """Whether others can dial us (None: not known): where they cannot, we only ask in Kademlia."""
+        self._kad.set_reachable(reachable)
+
+    @property
+    def is_kad_server(self) -> bool:
+        """Whether we answer in Kademlia."""
+        return self._kad.is_server
+
+    def kad_contacts(self) -> tuple[Contact, ...]:
+        """Who stands in our Kademlia table."""
+        return self._kad.contacts()
+
+    def provide(self, key: bytes) -> None:
+        """Tell the network from now on that we have what a key (`kad_wire.image_key`, `role_key`) stands for.
+
+        Raises:
+          UsageError: the key is empty or too long.
+        """
+        self._kad.provide(key)
+
+    def stop_providing(self, key: bytes) -> None:
+        """Tell it no more; others forget within hours (`kad_records.RECORD_TTL_S`)."""
+        self._kad.stop_providing(key)
+
+    async def find_providers(self, key: bytes, *, count_max: int) -> tuple[NodeId, ...]:
+        """Peers that say that they have what a key stands for, as others tell. Nobody vouches for it.
+
+        Raises:
+          UsageError: the key is empty or too long.
+        """
+        return await self._kad.find_providers(key, count_max=count_max)
 
     # --- peers -------------------------------------------------------------------------------------------------------
 
@@ -406,5 +465,6 @@ class P2pService:
         self._table.set_connected(node_id, is_up, now_s=trio.current_time())
         self._presence.note(node_id, is_up)
         self._discovery.note_connection(node_id, is_up)
+        self._kad.note_connection(node_id, is_up)
         for callback in self._peer_callbacks:
             callback(node_id, is_up)

@@ -196,16 +196,20 @@ class Transport(Protocol):
         """Connected peers that say that they take part in a topic."""
         ...
 
-    async def find_addresses(self, node_id: NodeId) -> tuple[str, ...]:
-        """Multiaddrs of a peer that others know; () if nobody does."""
+    def unserve_stream(self, protocol: str) -> None:
+        """Answer streams of a protocol no more, and tell others that we do not; those that are open go on."""
         ...
 
     def told_addresses(self, node_id: NodeId) -> tuple[str, ...]:
         """Where a connected peer says, with its signature, that it can be dialled; () until it has said so."""
         ...
 
-    async def find_peers(self) -> dict[NodeId, tuple[str, ...]]:
-        """Some peers that others know, with their addresses; another few each time. Hearsay: nobody proved it."""
+    def seen_at(self, node_id: NodeId) -> str:
+        """The other end of a connection to a peer, a multiaddr that need not be dialable; "" if that tells nothing."""
+        ...
+
+    def own_addresses(self) -> tuple[str, ...]:
+        """Where we say that we can be dialled; () while we do not run."""
         ...
 
     async def close_peer(self, node_id: NodeId) -> None:

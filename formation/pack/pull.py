@@ -2,13 +2,14 @@
 
 Rules: (1) a holder that breaks the protocol, or sends bytes that are not the blob's, is not asked again in this pull;
 (2) when a blob came from several holders and its hash does not hold, none can be blamed: it is fetched again from its
-start, each time from one holder only, so that the next failure has an author; (3) a round over all holders without one
-new byte ends the pull.
+start, each time from one holder only, so that the next failure has an author; (3) when the holders that were
+named do not do, the network is asked once for others (provider records); (4) a round over all holders without one new byte
+ends the pull.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 
 import structlog
 import trio
@@ -37,10 +38,19 @@ class Pull:
       store: where the blobs go.
       holders: whom to ask, best first.
       on_bytes: told each count of bytes received.
+      find_more: other holders, as the network tells of them; asked once, when those do not do.
     """
 
-    def __init__(self, p2p: P2pService, store: BlobStore, holders: Sequence[NodeId], on_bytes: Callable[[int], None]) -> None:
-        self._p2p, self._store, self._on_bytes = p2p, store, on_bytes
+    def __init__(
+        self,
+        p2p: P2pService,
+        store: BlobStore,
+        holders: Sequence[NodeId],
+        on_bytes: Callable[[int], None],
+        find_more: Callable[[], Awaitable[Sequence[NodeId]]],
+    ) -> None:
+        self._p2p, self._store, self._on_bytes, self._find_more = p2p, store, on_bytes, find_more
+        self._has_asked = False
         self._holders = [holder for holder in dict.fromkeys(holders) if holder != p2p.node_id]
         self._last_error = "no node that holds it is known"
         self.received_bytes = 0
@@ -53,7 +63,9 @@ class Pull:
         Raises:
           UnavailableError: nobody gave it.
         """
-        for holder in tuple(self._holders):
+        tried: set[NodeId] = set()
+        while (holder := await self._next_holder(tried)) is not None:
+            tried.add(holder)
             pieces: list[bytes] = []
 
             async def gather(piece: bytes, into: list[bytes] = pieces) -> None:
@@ -101,9 +113,28 @@ class Pull:
                         alone = True
                         continue
                     return
-                if not self._holders or (partial.offset <= before and not alone):
+                if (not self._holders or (partial.offset <= before and not alone)) and not await self._has_found_more():
                     break
         raise self._nobody(digest)
+
+    async def _next_holder(self, tried: Container[NodeId]) -> NodeId | None:
+        """One that was not tried yet, found if need be."""
+        for _ in range(2):
+            if (left := next((holder for holder in self._holders if holder not in tried), None)) is not None:
+                return left
+            if not await self._has_found_more():
+                break
+        return None
+
+    async def _has_found_more(self) -> bool:
+        """Ask the network for other holders, once; whether it knows one."""
+        if self._has_asked:
+            return False
+        self._has_asked = True
+        found = [holder for holder in await self._find_more() if holder not in self._holders and holder != self._p2p.node_id]
+        self._holders += found
+        log.info("image.providers_found", count=len(found))
+        return bool(found)
 
     async def _fetch_from(self, holder: NodeId, digest: Digest, partial: PartialBlob) -> bool:
         """Go on with a blob at one holder; whether all of it is here now."""

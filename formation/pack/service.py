@@ -18,6 +18,7 @@ import trio
 from formation.core.errors import HostError, NotFoundError
 from formation.core.ids import Digest, NodeId, check_digest, check_label
 from formation.core.units import format_size
+from formation.p2p.kad_wire import image_key
 from formation.p2p.service import P2pService
 from formation.p2p.transport import TaskStatus
 from formation.pack.blobs import BlobStore, digest_of_file
@@ -40,6 +41,8 @@ from formation.pack.rootfs import BaseFiles, PrepareBase, find_base_file, prepar
 from formation.pack.transfer import PROTOCOL, BlobServer
 
 FORMFILE_NAME = "Formfile"
+# Asked for when those that the state names do not do: enough to find one that is there.
+HOLDER_COUNT_MAX = 8
 
 log = structlog.get_logger(__name__)
 
@@ -125,6 +128,8 @@ class PackService:
         """
         await trio.to_thread.run_sync(self._images.recover)
         self._p2p.serve_stream(PROTOCOL, self._server.serve, is_bulk=True)
+        for digest in self._images.held:
+            self._p2p.provide(image_key(digest))
         log.info("pack.started", images=len(self._images.held))
         task_status.started(None)
         await trio.sleep_forever()
@@ -155,6 +160,18 @@ class PackService:
         return PackStatistics(
             image_count=len(self._images.held), served_bytes=self._server.served_bytes, pulled_bytes=self._pulled_bytes
         )
+
+    def _hold(self, digest: Digest, manifest: ImageManifest) -> None:
+        """An image is whole here: peers may have it, and hear of it."""
+        self._images.add(digest, manifest)
+        self._p2p.provide(image_key(digest))
+
+    def _forget(self, digest: Digest) -> None:
+        self._images.forget(digest)
+        self._p2p.stop_providing(image_key(digest))
+
+    async def _find_holders(self, digest: Digest) -> tuple[NodeId, ...]:
+        return await self._p2p.find_providers(image_key(digest), count_max=HOLDER_COUNT_MAX)
 
     # ---- building
 
@@ -197,7 +214,7 @@ class PackService:
             layer = await trio.to_thread.run_sync(build_layer, plan, files)
             progress(BuildProgress(step="layer", text=f"layer of {format_size(len(layer))}"))
             digest, manifest = await trio.to_thread.run_sync(self._store_image, plan, base, digests, layer, built_from)
-            self._images.add(digest, manifest)
+            self._hold(digest, manifest)
             progress(BuildProgress(step="store", text=f"{digest[:19]}, {format_size(manifest.size_bytes)}"))
             return BuiltImage(digest=digest, manifest=manifest, size_bytes=manifest.size_bytes, cached=False)
 
@@ -206,7 +223,7 @@ class PackService:
         sizes = {digest: len(manifest_bytes(manifest))} | {Digest(blob.digest): blob.size_bytes for blob in manifest.blobs}
         for name, size_bytes in sizes.items():
             if not await trio.to_thread.run_sync(partial(self._store.check_blob, name, size_bytes=size_bytes)):
-                self._images.forget(digest)
+                self._forget(digest)
                 return False
         return True
 
@@ -294,7 +311,7 @@ class PackService:
             self._pulled_bytes += count
             progress(PullProgress(done_bytes=done_bytes, total_bytes=max(total_bytes, done_bytes)))
 
-        pull = Pull(self._p2p, self._store, holders, on_bytes)
+        pull = Pull(self._p2p, self._store, holders, on_bytes, partial(self._find_holders, digest))
         manifest = self._images.held.get(digest) or await trio.to_thread.run_sync(self._images.read_manifest, digest)
         if manifest is None:
             manifest = await pull.fetch_manifest(digest)
@@ -304,11 +321,11 @@ class PackService:
                 if await trio.to_thread.run_sync(self._have, blob):
                     done_bytes += blob.size_bytes
                 else:
-                    self._images.forget(digest)
+                    self._forget(digest)
                     await pull.fetch(blob)
         if digest not in self._images.held:
             await trio.to_thread.run_sync(self._images.mark, digest)
-            self._images.add(digest, manifest)
+            self._hold(digest, manifest)
         return LocalImage(
             digest=digest,
             manifest=manifest,

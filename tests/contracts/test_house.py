@@ -32,7 +32,25 @@ PURE_MODULES = [
         f"core/{name}"
         for name in ("clock", "codec", "errors", "event", "grants", "histogram", "ids", "intent", "spec", "units")
     ),
-    *(f"p2p/{name}" for name in ("admission", "backoff", "frames", "peer_book", "router", "score", "seen", "traffic", "yamux")),
+    *(
+        f"p2p/{name}"
+        for name in (
+            "admission",
+            "backoff",
+            "frames",
+            "kad_lookup",
+            "kad_records",
+            "kad_table",
+            "kad_wire",
+            "mdns_wire",
+            "peer_book",
+            "router",
+            "score",
+            "seen",
+            "traffic",
+            "yamux",
+        )
+    ),
     *(f"state/{name}" for name in STATE_PURE),
     *(f"pack/{name}" for name in ("formfile", "manifest", "plan")),
     *(f"vmm/{name}" for name in ("allocator", "devices", "lifecycle", "plan", "pvh", "qmp", "words")),
@@ -45,7 +63,7 @@ IMPORTERS = {
     # One adapter, in as many files as it takes.
     "libp2p": {
         f"p2p/libp2p_{part}"
-        for part in ("admission", "control", "gossip", "host", "kad", "patches", "pnet", "setup", "stream", "muxer")
+        for part in ("admission", "control", "gossip", "host", "patches", "pnet", "setup", "stream", "muxer")
     },
     "sqlite3": {"state/sqlite"},
     "cbor2": {"core/codec"},

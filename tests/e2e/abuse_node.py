@@ -98,15 +98,15 @@ async def run_victim() -> None:
             if line == b"release\n":
                 lazies.released.set()
                 lazies.released = trio.Event()
-            say(figures(transport, heard) | {"is_first_host": transport._host is first_host})
+            say(figures(transport, heard, service) | {"is_first_host": transport._host is first_host})
         nursery.cancel_scope.cancel()
 
 
-def figures(transport: Any, heard: Heard) -> dict[str, Any]:
+def figures(transport: Any, heard: Heard, service: P2pService) -> dict[str, Any]:
     """What must stay bounded."""
     with open("/proc/self/statm") as file:
         rss_bytes = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    kad, statistics = transport._kad, transport.statistics()
+    statistics = transport.statistics()
     return {
         "rejected_count": statistics.gossip_rejected_count,
         "bad_signature_count": statistics.gossip_bad_signature_count,
@@ -119,7 +119,7 @@ def figures(transport: Any, heard: Heard) -> dict[str, Any]:
         "task_count": trio.lowlevel.current_statistics().tasks_living,
         "connection_count": statistics.connection_count,
         "delivered_twice_count": sum(count > 1 for count in heard.counts.values()),
-        "kad": [peer.to_base58() for peer in kad._dht.routing_table.get_peer_ids()],
+        "kad": [contact.node_id for contact in service.kad_contacts()],
         "peers": sorted(transport.connected()),
     }
 

@@ -36,14 +36,14 @@ from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
 from formation.p2p.libp2p_admission import CONNECTIONS_PER_PEER_MAX, HANDSHAKE_COUNT_MAX
 from formation.p2p.libp2p_gossip import signed_part
-from formation.p2p.libp2p_host import Libp2pTransport, make_libp2p_transport
+from formation.p2p.libp2p_host import make_libp2p_transport
 from formation.p2p.libp2p_muxer import UNSENT_SIZE_HIGH_BYTES, Muxer
 from formation.p2p.libp2p_patches import apply_patches
 from formation.p2p.libp2p_setup import parse_id
 from formation.p2p.score import BAN_SCORE, Offence
 from formation.p2p.transport import Verdict
 from formation.p2p.yamux import FLAG_RST, FLAG_SYN, HEADER, TYPE_DATA, TYPE_PING, TYPE_WINDOW
-from tests.e2e.abuse_node import CONNECTION_COUNT_MAX
+from tests.e2e.abuse_node import CONNECTION_COUNT_MAX, make_service
 
 pytestmark = [pytest.mark.net, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -525,17 +525,12 @@ async def eclipse(stage: Stage) -> None:
     assert kad_key(ground[0].node_id) ^ own < 1 << 248
     before = set((await stage.figures())["kad"])
     assert before >= HONEST
-    hosts = [make_libp2p_transport(key, ["/ip4/127.0.0.1/tcp/0"]) for key in ground[:12]]
-
-    async def attack(host: Libp2pTransport) -> None:
-        await host.dial(VICTIM.node_id, [stage.address])
+    # Whole services: only who answers in Kademlia gets into a table.
+    hosts = [make_service(key, {VICTIM.node_id: (stage.address,)}, set())[0] for key in ground[:12]]
 
     async with trio.open_nursery() as nursery:
         for host in hosts:
             await nursery.start(host.run)
-        async with trio.open_nursery() as dialling:
-            for host in hosts:
-                dialling.start_soon(attack, host)
         with trio.fail_after(LATENCY_MAX_S):
             # They are in its table: what is shown is that this does not push others out.
             while not set((await stage.figures())["kad"]) & {host.node_id for host in hosts}:  # noqa: ASYNC110 - another process

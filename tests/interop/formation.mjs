@@ -7,7 +7,8 @@ import { decode, encode } from './cbor.mjs'
 export const LINK = '/formation/link/1'
 export const SYNC = '/formation/sync/1'
 export const INTENT = '/formation/intent/1'
-export const KAD = '/formation/kad/1'
+// The first 4 bytes of the network's id keep the tables of networks apart.
+export const kadOf = networkId => `/formation/${networkId.slice(0, 8)}/kad/1.0.0`
 // Between nodes a frame has 4 bytes of length; none is longer than this.
 export const FRAME_SIZE_MAX = 320 * 1024
 export const BLOCK_FRAME = 1

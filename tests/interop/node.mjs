@@ -14,12 +14,14 @@ import { gossipsub } from '@libp2p/gossipsub'
 import { kadDHT, passthroughMapper } from '@libp2p/kad-dht'
 import { generateKeyPairFromSeed } from '@libp2p/crypto/keys'
 import { peerIdFromString } from '@libp2p/peer-id'
-import { KAD, unhex } from './formation.mjs'
+import { kadOf, unhex } from './formation.mjs'
 
 // 32 bytes; the node's key, and that of its lane.
 export const seed = unhex(process.argv[2])
-// security: "noise" (default) or "tls"; networkKey: a pre-shared key's file.
+// security: "noise" (default) or "tls"; networkKey: a pre-shared key's file; network: the id,
+// hexadecimal, without which it takes part in no Kademlia.
 const options = JSON.parse(process.argv[3] ?? '{}')
+const networkId = options.network ?? '00'.repeat(32)
 export const MANY = { maxInboundStreams: 4096, maxOutboundStreams: 4096 }
 
 export const node = await createLibp2p({
@@ -37,7 +39,7 @@ export const node = await createLibp2p({
     // Kademlia pings, too: one at a time would be too few.
     ping: ping({ maxInboundStreams: 8, maxOutboundStreams: 8 }),
     pubsub: gossipsub({ globalSignaturePolicy: 'StrictSign', allowPublishToZeroTopicPeers: true, emitSelf: false }),
-    dht: kadDHT({ protocol: KAD, clientMode: false, peerInfoMapper: passthroughMapper, allowQueryWithZeroPeers: true })
+    dht: kadDHT({ protocol: kadOf(networkId), clientMode: false, peerInfoMapper: passthroughMapper, allowQueryWithZeroPeers: true })
   }
 })
 

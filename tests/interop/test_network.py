@@ -16,6 +16,7 @@ from formation.cli.local_network import LocalNetwork, LocalNode, local_network
 from formation.core.errors import NotFoundError, UnavailableError
 from formation.core.keys import KeyPair, write_key_file
 from formation.core.manifest import read_draft
+from formation.p2p.kad import kad_protocol
 from tests.interop.conftest import JsError, JsPeer
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
@@ -141,7 +142,7 @@ def value_at(node: LocalNode, query: dict[str, str]) -> Any:
         return None
 
 
-def test_schemas_alone_are_enough(start_js: Callable[[bytes], JsPeer]) -> None:
+def test_schemas_alone_are_enough(start_js: Callable[..., JsPeer]) -> None:
     """Every golden value has the one encoding there, signed ones verify, and crafted ones get the verdict that all give."""
     js = start_js(b"g" * 32)
     said = js("golden", values=str(WIRE / "golden_state.json"), edge=str(WIRE / "ed25519_edge.json"))
@@ -150,9 +151,9 @@ def test_schemas_alone_are_enough(start_js: Callable[[bytes], JsPeer]) -> None:
 
 
 @pytest.mark.timeout(150)
-def test_a_stranger_finds_its_way_and_follows(network: LocalNetwork, start_js: Callable[[bytes], JsPeer]) -> None:
+def test_a_stranger_finds_its_way_and_follows(network: LocalNetwork, start_js: Callable[..., JsPeer]) -> None:
     """From one address: identify, ping, Kademlia; then all topics. What it cannot verify it would not pass on."""
-    js = trusting(start_js(b"s" * 32), network)
+    js = trusting(start_js(b"s" * 32, network=network.manifest.network_id.hex()), network)
     first, others = network.nodes[0], network.nodes[1:4]
     assert js("dial", addr=address(network, 0)) == {
         "peer": first.key.node_id,
@@ -162,9 +163,13 @@ def test_a_stranger_finds_its_way_and_follows(network: LocalNetwork, start_js: C
     known = wait_for(
         lambda: (found := js("identity", peer=first.key.node_id))["protocols"] and found, what="identify tells the protocols"
     )
-    assert {"/formation/link/1", "/formation/sync/1", "/formation/kad/1", "/meshsub/1.1.0", "/ipfs/ping/1.0.0"} <= set(
-        known["protocols"]
-    )
+    assert {
+        "/formation/link/1",
+        "/formation/sync/1",
+        kad_protocol(network.manifest.network_id),
+        "/meshsub/1.1.0",
+        "/ipfs/ping/1.0.0",
+    } <= set(known["protocols"])
     assert js("ping", peer=first.key.node_id)["ms"] < 5_000
 
     # It finds those that it was never told of, and is found and dialled itself.
@@ -205,9 +210,9 @@ def test_a_stranger_finds_its_way_and_follows(network: LocalNetwork, start_js: C
 
 
 @pytest.mark.timeout(150)
-def test_its_own_blocks_are_certified_and_final(network: LocalNetwork, start_js: Callable[[bytes], JsPeer]) -> None:
+def test_its_own_blocks_are_certified_and_final(network: LocalNetwork, start_js: Callable[..., JsPeer]) -> None:
     """An admitted key writes a lane: our nodes certify and order it, a node that asks another gets it, and so does the peer."""
-    js = trusting(start_js(b"w" * 32), network)
+    js = trusting(start_js(b"w" * 32, network=network.manifest.network_id.hex()), network)
     admit(network, js)
     linked = link_to_quorum(network, js)
     block = js("advertise", name="javascript")
@@ -244,9 +249,12 @@ def test_its_own_blocks_are_certified_and_final(network: LocalNetwork, start_js:
 
 
 @pytest.mark.timeout(150)
-def test_rubbish_is_refused_and_harms_nobody(network: LocalNetwork, start_js: Callable[[bytes], JsPeer]) -> None:
+def test_rubbish_is_refused_and_harms_nobody(network: LocalNetwork, start_js: Callable[..., JsPeer]) -> None:
     """Bad frames, requests, streams and gossip of an admitted key: scored down, not passed on, banned in the end."""
-    bad, good = trusting(start_js(b"b" * 32), network), trusting(start_js(b"h" * 32), network)
+    bad, good = (
+        trusting(start_js(b"b" * 32, network=network.manifest.network_id.hex()), network),
+        trusting(start_js(b"h" * 32, network=network.manifest.network_id.hex()), network),
+    )
     for js in (bad, good):
         admit(network, js)
         link_to_quorum(network, js)

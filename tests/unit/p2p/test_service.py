@@ -12,6 +12,7 @@ from trio.testing import MockClock
 
 from formation.core.errors import DecodeError, DeniedError, FormationError, NotFoundError, UnavailableError, UsageError
 from formation.core.ids import NodeId
+from formation.core.keys import KeyPair
 from formation.p2p.frames import encode_frame
 from formation.p2p.link import LINK_PROTOCOL
 from formation.p2p.loopback import LoopbackNetwork, address_of
@@ -20,16 +21,17 @@ from formation.p2p.requests import ASKED_PER_PEER_MAX, RECEIVE_TIMEOUT_S, SERVE_
 from formation.p2p.service import P2pService
 from formation.p2p.transport import ByteStream, Verdict
 
-A, B, C, D = (NodeId(name) for name in "abcd")
+IDS = {name: KeyPair(name.encode() * 32).node_id for name in "abcd"}
+A, B, C, D = IDS.values()
 PROTOCOL = "/double/1"
 
 
 def make(network: LoopbackNetwork, node_id: NodeId, known: str = "abc", *, linked: str = "abc") -> P2pService:
     return P2pService(
         transport=network.transport(node_id),
-        known_peers={NodeId(name): (address_of(NodeId(name)),) for name in known},
-        linked=frozenset(NodeId(name) for name in linked),
-        rng=random.Random(ord(node_id)),
+        known_peers={IDS[name]: (address_of(IDS[name]),) for name in known},
+        linked=frozenset(IDS[name] for name in linked),
+        rng=random.Random(node_id),
     )
 
 
@@ -334,13 +336,19 @@ async def test_a_peer_added_later_is_dialled(autojump_clock: MockClock) -> None:
 async def test_a_peer_that_moved_is_found_through_others(autojump_clock: MockClock) -> None:
     """Its given address is wrong; b knows the right one."""
     network = LoopbackNetwork(1)
-    a = P2pService(
-        transport=network.transport(A),
-        known_peers={B: (address_of(B),), C: ("/memory/old",)},
-        linked=frozenset(),
-        rng=random.Random(1),
+    ids = [KeyPair(bytes((index,)) * 32).node_id for index in range(1, 4)]
+    where = {node_id: (address_of(node_id),) for node_id in ids}
+    a, b, c = (
+        P2pService(
+            transport=network.transport(node_id),
+            known_peers=where | ({ids[2]: ("/memory/old",)} if node_id == ids[0] else {}),
+            linked=frozenset(),
+            rng=random.Random(1),
+        )
+        for node_id in ids
     )
-    b, c = make(network, B, "c"), make(network, C, "b")
+    # It would come by itself otherwise.
+    c._table._peers.pop(ids[0])
     async with running(a, b, c):
         await until(lambda: a.statistics().peer_connected_count == 2)
 
@@ -476,4 +484,4 @@ async def test_offences_on_links_and_in_requests_are_noted(autojump_clock: MockC
         assert [(s.node_id, s.offence_count, s.last_offence) for s in a.scores()] == [(B, 1, "malformed"), (C, 2, "malformed")]
         for _ in range(4):
             await send(C, PROTOCOL, b"\xff" * 20)
-        assert [peer.node_id for peer in a.peers() if peer.connected] == [B, D]
+        assert [peer.node_id for peer in a.peers() if peer.connected] == sorted((B, D))

@@ -350,23 +350,6 @@ async def test_gossip_too_long_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_others_know_where_a_peer_is(kind: str) -> None:
-    """b and c are connected to a only; b finds c."""
-    async with running(kind, 3) as (_, b, c):
-
-        async def found() -> tuple[str, ...]:
-            return await b.find_addresses(c.node_id)
-
-        addresses = await found()
-        while not addresses:
-            await trio.sleep(0.1)
-            addresses = await found()
-        await b.dial(c.node_id, addresses)
-        assert c.node_id in b.connected()
-        assert await b.find_addresses(KeyPair(b"z" * 32).node_id) == ()
-
-
-@pytest.mark.parametrize("kind", KINDS)
 async def test_stopping_is_quick_and_seen_by_peers(kind: str) -> None:
     """With streams open: within 3 s, and the peer hears of it."""
     a, b = make_transports(kind, 2)
@@ -418,13 +401,29 @@ async def test_a_peer_says_where_it_is(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_others_tell_of_peers(kind: str) -> None:
-    """b and c are connected to a only; b hears of c, with an address that is right."""
-    async with running(kind, 3) as (_, b, c):
-        while not (addresses := (await b.find_peers()).get(c.node_id, ())):  # noqa: ASYNC110 - nothing tells when
-            await trio.sleep(0.1)
-        assert await b.dial(c.node_id, addresses) in addresses
-        assert b.node_id not in await b.find_peers()
+async def test_both_ends_see_where_the_other_is(kind: str) -> None:
+    """Whom we dialled is where we dialled it; who dialled us is somewhere; who is not connected nowhere."""
+    async with running(kind, connected=False) as (a, b):
+        await a.dial(b.node_id, b.own_addresses())
+        await until(lambda: a.node_id in b.connected())
+        assert a.seen_at(b.node_id) in b.own_addresses()
+        assert b.seen_at(a.node_id)
+        assert a.seen_at(KeyPair(b"z" * 32).node_id) == ""
+    assert a.own_addresses() == ()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_protocol_is_served_no_more(kind: str) -> None:
+    """From then on; and again when it is served again."""
+    async with running(kind) as (a, b):
+        b.unserve_stream("/never/1")
+        b.serve_stream("/echo/1", echo)
+        await (await a.open_stream(b.node_id, "/echo/1")).aclose()
+        b.unserve_stream("/echo/1")
+        with pytest.raises(UnavailableError, match="echo"):
+            await a.open_stream(b.node_id, "/echo/1")
+        b.serve_stream("/echo/1", echo)
+        await (await a.open_stream(b.node_id, "/echo/1")).aclose()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -91,3 +91,9 @@ class NoPeers(P2pService):
 
     def serve_stream(self, protocol: str, handler: StreamHandler, *, is_bulk: bool = False) -> None:
         self.served[protocol] = handler
+
+    def provide(self, key: bytes) -> None:
+        """To nobody."""
+
+    def stop_providing(self, key: bytes) -> None:
+        """See provide."""

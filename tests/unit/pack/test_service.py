@@ -187,8 +187,12 @@ async def test_nobody_has_it(tmp_path: Path) -> None:
         with pytest.raises(UnavailableError, match="answers absent"):
             await asker.pack.resolve_image("sha256:" + "1" * 64, holders=[holder.p2p.node_id], progress=lambda _: None)
         with pytest.raises(UnavailableError, match="no node that holds it is known"):
-            await resolve(holder, built)
-    assert not holder.pack.images()
+            await holder.pack.resolve_image("sha256:" + "2" * 64, holders=[], progress=lambda _: None)
+        assert not holder.pack.images()
+        # Nobody names the other one as a holder; it says so itself, to the network.
+        await resolve(holder, built)
+        assert holder.pack.has_image(built.digest)
+        assert asker.pack.statistics().served_bytes > 0
 
 
 def misbehave(p2p: P2pService, pack: PackService, how: str, log: list[BlobRequest]) -> None:

@@ -1,0 +1,180 @@
+"""Real processes that find one another, images and roles: over provider records, and on a LAN without any address."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import ROOT
+
+pytestmark = [pytest.mark.net, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(180)]
+
+PROGRAM = Path(__file__).with_name("line_node.py")
+NAMESPACE_COUNT = 3
+
+
+class Process:
+    """One node."""
+
+    def __init__(self, seed: int, folder: Path, *, inside: str = "", **options: Any) -> None:
+        known = options.pop("known", {})
+        listen = options.pop("listen", "/ip4/127.0.0.1/tcp/0")
+        wanted = {"seed": seed, "folder": str(folder / str(seed)), "known": known, "listen": listen} | options
+        prefix = ["ip", "netns", "exec", inside] if inside else []
+        self._log = (folder / f"{seed}.log").open("wb")
+        self._process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "tests.e2e.line_node", json.dumps(wanted)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        started = self._read()
+        self.node_id: str = started["node_id"]
+        self.where: dict[str, list[str]] = {self.node_id: started["addresses"]}
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        while True:
+            line = self._process.stdout.readline()
+            assert line, "the node ended: see its log"
+            # Its log lines come this way, too.
+            if line[:1] in b'{["':
+                try:
+                    return json.loads(line)
+                except ValueError:
+                    continue
+
+    def __call__(self, do: str, **options: Any) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **options}).encode() + b"\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    running: list[Process] = []
+
+    def start(seed: int, **options: Any) -> Process:
+        running.append(Process(seed, tmp_path, **options))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.end()
+
+
+def until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
+    end = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < end, f"not in {timeout_s:.0f} s: {what}"
+        time.sleep(0.2)
+    return found
+
+
+def test_an_image_is_found_at_the_far_end_of_a_line(start: Callable[..., Process], tmp_path: Path) -> None:
+    """Near knows the middle only, the far end knows the middle only, nobody says who holds the image; and roles, too."""
+    middle = start(2)
+    far, near = start(3, known=middle.where), start(1, known=middle.where)
+    until(lambda: {near.node_id, far.node_id} <= set(middle("look")["table"]), "both are in the table of the middle")
+    digest = far("hold", context=str(tmp_path / "context"))
+    far("role", role="gpu")
+    assert until(lambda: near("who", role="gpu"), "the role is found") == [far.node_id]
+    assert near("who", role="ingress") == []
+
+    def pull() -> Any:
+        answer = near("pull", digest=digest)
+        return None if "error" in answer else answer
+
+    pulled = until(pull, "the image is pulled")
+    assert pulled["from"] == far.node_id
+    assert pulled["bytes"] > 1_000_000
+    assert "no node" in near("pull", digest="sha256:" + "1" * 64)["error"]
+
+
+def test_networks_do_not_mix(start: Callable[..., Process]) -> None:
+    """Connected, and in nobody's table; what one provides the other does not find."""
+    one = start(4)
+    other = start(5, known=one.where, network="ff" * 32)
+    third = start(6, known=one.where)
+    until(lambda: third.node_id in one("look")["table"], "one of the same network is in the table")
+    until(lambda: other.node_id in one("look")["connected"], "the stranger is connected")
+    other("role", role="gpu")
+    time.sleep(3)
+    assert other.node_id not in one("look")["table"]
+    assert other("look")["table"] == []
+    assert one("who", role="gpu") == []
+
+
+def lan_reason() -> str | None:
+    """Why there can be no LAN of namespaces here; None: there can."""
+    if os.geteuid() != 0:
+        return "needs root, for network namespaces"
+    if shutil.which("ip") is None:
+        return "this machine lacks ip (iproute2)"
+    made = subprocess.run(["ip", "netns", "add", "fmdns-probe"], capture_output=True, check=False)
+    if made.returncode != 0:
+        return "this kernel lets nobody make network namespaces"
+    subprocess.run(["ip", "netns", "del", "fmdns-probe"], check=True)
+    return None
+
+
+@pytest.fixture
+def lan() -> Iterator[list[str]]:
+    """Namespaces on one bridge, without a route anywhere."""
+    if (reason := lan_reason()) is not None:
+        pytest.skip(reason)
+    tag = f"fm{os.getpid() % 10000}"
+    hub, names = f"{tag}hub", [f"{tag}n{n}" for n in range(1, NAMESPACE_COUNT + 1)]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
+
+    try:
+        for name in (hub, *names):
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", hub, "link", "add", "br0", "type", "bridge")
+        ip("-n", hub, "link", "set", "br0", "up")
+        for n, name in enumerate(names, 1):
+            ip("-n", hub, "link", "add", f"p{n}", "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("-n", hub, "link", "set", f"p{n}", "master", "br0", "up")
+            ip("-n", name, "addr", "add", f"10.77.0.{n}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+        yield names
+    finally:
+        for name in (*names, hub):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False, timeout=20)
+
+
+def test_a_lan_without_any_address(start: Callable[..., Process], lan: list[str]) -> None:
+    """Three nodes that know nobody find one another by mDNS; without it they do not; one of another network stays out."""
+    alone = start(9, inside=lan[0], listen="/ip4/0.0.0.0/tcp/4709")
+    stranger = start(8, inside=lan[1], listen="/ip4/0.0.0.0/tcp/4708", mdns=True, network="ee" * 32)
+    nodes = [start(n, inside=name, listen="/ip4/0.0.0.0/tcp/4700", mdns=True) for n, name in enumerate(lan, 1)]
+    ids = {node.node_id for node in nodes}
+    for node in nodes:
+        until(lambda node=node: set(node("look")["connected"]) == ids - {node.node_id}, "all are connected", 40)
+        until(lambda node=node: set(node("look")["table"]) == ids - {node.node_id}, "all are in the table", 40)
+    assert alone("look")["connected"] == stranger("look")["connected"] == []
