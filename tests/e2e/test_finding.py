@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,11 @@ def test_a_lan_without_any_address(start: Callable[..., Process], lan: list[str]
     stranger = start(8, inside=lan[1], listen="/ip4/0.0.0.0/tcp/4708", mdns=True, network="ee" * 32)
     nodes = [start(n, inside=name, listen="/ip4/0.0.0.0/tcp/4700", mdns=True) for n, name in enumerate(lan, 1)]
     ids = {node.node_id for node in nodes}
+
+    def sees_all(node: Process, where: str) -> bool:
+        return set(node("look")[where]) == ids - {node.node_id}
+
     for node in nodes:
-        until(lambda node=node: set(node("look")["connected"]) == ids - {node.node_id}, "all are connected", 40)
-        until(lambda node=node: set(node("look")["table"]) == ids - {node.node_id}, "all are in the table", 40)
+        until(partial(sees_all, node, "connected"), "all are connected", 40)
+        until(partial(sees_all, node, "table"), "all are in the table", 40)
     assert alone("look")["connected"] == stranger("look")["connected"] == []

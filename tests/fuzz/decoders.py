@@ -12,13 +12,16 @@ import cbor2
 from formation.core.codec import decode, encode, encode_plain, parse_signed, verify_ed25519
 from formation.core.errors import DecodeError
 from formation.core.event import EVENT_TYPES, AccountImported, CellRecorded, RootNamed, event_body, parse_event
-from formation.core.ids import NetworkId
+from formation.core.ids import NetworkId, node_id_of
 from formation.core.intent import parse_intent
 from formation.core.manifest import Genesis, parse_manifest
 from formation.node.attach import AttachRequest
 from formation.node.bulk import FRAME_SIZE_MAX_BYTES, _NotARequest, _write_request
 from formation.node.door import Accepted
 from formation.p2p.frames import FrameDecoder
+from formation.p2p.kad_wire import Kind as Kademlia
+from formation.p2p.kad_wire import Message, MessageDecoder, Told, decode_address, encode_address, encode_message
+from formation.p2p.mdns_wire import decode_packet, encode_answer, encode_query, peers_in, service_name
 from formation.state import sync
 from formation.state.ack import parse_ack
 from formation.state.checkpoint import (
@@ -45,6 +48,8 @@ from formation.state.spine_values import Kind, parse_final, parse_proposal, pars
 from tests.wire.state_values import ACCOUNT_ID, COMMITTEE, ENTRY, HLC, LANES, MANIFEST, NETWORK_ID, OFFER, SOURCE, TREE, VALUES
 
 ROOT = TREE.root()
+MDNS_SERVICE = service_name(NETWORK_ID)
+KAD_TOLD = (Told(node_id=node_id_of(b"k" * 32), addresses=("/ip4/192.0.2.1/tcp/1", "/dns4/a.example/tcp/2")),)
 
 
 def _all_true(*_: object) -> bool:
@@ -87,6 +92,17 @@ def take_bulk_frame(data: bytes) -> None:
                 _write_request(0, op)
             except _NotARequest as exc:
                 raise DecodeError("not a request") from exc
+
+
+def take_kad_stream(data: bytes) -> None:
+    """What a Kademlia server and a walk do with a stranger's bytes: what is read can be written."""
+    for message in MessageDecoder().feed(data):
+        encode_message(message)
+
+
+def take_mdns_packet(data: bytes) -> None:
+    """What a node does with a packet that somebody on the LAN sends."""
+    peers_in(decode_packet(data), MDNS_SERVICE, source="192.0.2.1")
 
 
 def check_offer(data: bytes) -> None:
@@ -163,6 +179,9 @@ DECODERS: Mapping[str, tuple[Callable[[bytes], Any], tuple[str, ...]]] = {
     "bulk": (take_bulk_frame, ("op by node", "pull")),
     "accepted": (lambda data: decode(data, Accepted), ("ack",)),
     "attach": (lambda data: decode(data, AttachRequest), ("ack",)),
+    "kad stream": (take_kad_stream, ("kad message",)),
+    "kad address": (decode_address, ("kad address",)),
+    "mdns": (take_mdns_packet, ("mdns answer", "mdns query")),
     **{f"epoch_of {kind.name}": (partial(epoch_of, kind), ("final", "votes", "proposal led")) for kind in Kind},
     **{
         f"decode_answer {kind.__name__}": (partial(lambda kind, data: sync.decode_answer(data, kind), kind), (name,))
@@ -195,6 +214,10 @@ SEEDS = {name: data for name, (_, data) in VALUES.items()} | {
     "cell record": event_body(CELL),
     "cells item": encode(dump_record(make_record(CELL, None, fence=(1, 0), verify=_all_true))),
     "import": event_body(IMPORT),
+    "kad message": encode_message(Message(kind=Kademlia.GET_PROVIDERS, key=b"k" * 34, closer=KAD_TOLD, providers=KAD_TOLD)),
+    "kad address": encode_address("/ip6/2001:db8::1/tcp/4700"),
+    "mdns answer": encode_answer(MDNS_SERVICE, "random", KAD_TOLD[0].node_id, KAD_TOLD[0].addresses),
+    "mdns query": encode_query(MDNS_SERVICE),
 }
 CORPUS = tuple(data for _, data in VALUES.values() if len(data) < 4096)
 
