@@ -10,6 +10,7 @@ import trio
 from formation.core.keys import KeyPair
 from formation.node.api import ApiParts, TokenGuard, make_api
 from formation.p2p.discovery import PARTITION_AFTER_S
+from formation.p2p.kad_wire import role_key
 from formation.p2p.service import Offence
 from tests.unit.node.asgi import Answer, Client
 from tests.unit.node.nodes import Nodes, eventually, running
@@ -123,3 +124,14 @@ async def test_honest_nodes_keep_a_clean_record(tmp_path: Path, jumping_clock: t
         nodes.network.heal()
         await trio.sleep(60)
         assert all(node.p2p.scores() == () for node in nodes.running.values())
+
+
+async def test_peers_are_found_by_their_role(tmp_path: Path, jumping_clock: trio.abc.Clock) -> None:
+    """Who says to have it, and nobody else; what is no name of a role is refused."""
+    async with running(tmp_path, voters=4) as nodes:
+        await eventually(lambda: nodes[0].p2p.statistics().link_count == 3)
+        nodes[2].p2p.provide(role_key("gpu"))
+        await trio.sleep(60)
+        assert [peer["name"] for peer in await get(nodes, "/v1/peers?role=gpu")] == ["n2"]
+        assert await get(nodes, "/v1/peers?role=ingress") == []
+        assert (await nodes.client(0).get("/v1/peers?role=No%20Role", "")).status == 400

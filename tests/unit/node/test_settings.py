@@ -134,3 +134,13 @@ def test_a_private_network() -> None:
     assert (settings().network_key, settings().security) == (None, "noise")
     found = settings(network_key="/k/network.key", security="both")
     assert (found.network_key, found.security) == (Path("/k/network.key"), "both")
+
+
+def test_roles_mdns_and_kademlia() -> None:
+    """None, off and auto by default; a role is a label, and there are few."""
+    assert (settings().roles, settings().mdns, settings().kademlia) == ((), False, "auto")
+    found = settings(roles=["gpu", "ingress", "gpu"], mdns="on", kademlia="client")
+    assert (found.roles, found.mdns, found.kademlia) == (("gpu", "ingress"), True, "client")
+    for roles in (["No Role"], [f"r{n}" for n in range(17)]):
+        with pytest.raises(UsageError, match="node.roles"):
+            settings(roles=roles)
