@@ -142,5 +142,5 @@ def test_roles_mdns_and_kademlia() -> None:
     found = settings(roles=["gpu", "ingress", "gpu"], mdns="on", kademlia="client")
     assert (found.roles, found.mdns, found.kademlia) == (("gpu", "ingress"), True, "client")
     for roles in (["No Role"], [f"r{n}" for n in range(17)]):
-        with pytest.raises(UsageError, match="node.roles"):
+        with pytest.raises(UsageError, match=r"node\.roles"):
             settings(roles=roles)
