@@ -132,6 +132,7 @@ async def test_peers_are_found_by_their_role(tmp_path: Path, jumping_clock: trio
         await eventually(lambda: nodes[0].p2p.statistics().link_count == 3)
         nodes[2].p2p.provide(role_key("gpu"))
         await trio.sleep(60)
-        assert [peer["name"] for peer in await get(nodes, "/v1/peers?role=gpu")] == ["n2"]
-        assert await get(nodes, "/v1/peers?role=ingress") == []
-        assert (await nodes.client(0).get("/v1/peers?role=No%20Role", "")).status == 400
+        found = await nodes.client(0).get("/v1/peers", "role=gpu")
+        assert [peer["name"] for peer in found.json()] == ["n2"]
+        assert (await nodes.client(0).get("/v1/peers", "role=ingress")).json() == []
+        assert (await nodes.client(0).get("/v1/peers", "role=No")).status == 400
