@@ -84,6 +84,7 @@ _logger = structlog.get_logger(__name__)
 class _Attempt:
     """A dial under way."""
 
+    addresses: frozenset[str]
     done: trio.Event = field(default_factory=trio.Event)
     error: UnavailableError | None = None
 
@@ -292,17 +293,20 @@ class Discovery:
             self._nursery.start_soon(self._remember_soon, node_id)
 
     async def _dial(self, node_id: NodeId, addresses: tuple[str, ...], *, is_kept: bool = True) -> None:
-        """One dial at a time to each peer: who comes meanwhile shares its outcome. If it is kept, the book hears of it."""
+        """One dial at a time to each peer: who comes meanwhile shares its outcome, if it would have tried no other address.
+
+        So a dial that others' lies led to does not fail for those who know better. If it is kept, the book hears of it.
+        """
         while (attempt := self._attempts.get(node_id)) is not None:
             await attempt.done.wait()
             if self._presence.is_up(node_id):
                 return
-            if attempt.error is not None:
+            if attempt.error is not None and attempt.addresses.issuperset(addresses):
                 raise UnavailableError(attempt.error.message, hint=attempt.error.hint)
             # Its task was cancelled, which says nothing about the peer.
         if self._presence.is_up(node_id):
             return
-        attempt = self._attempts[node_id] = _Attempt()
+        attempt = self._attempts[node_id] = _Attempt(frozenset(addresses))
         try:
             async with self._limiter:
                 address = await self._transport.dial(node_id, addresses)
@@ -310,7 +314,9 @@ class Discovery:
                 self._book.note_reached(node_id, address, now_ms=self._now_ms())
         except UnavailableError as exc:
             attempt.error = exc
-            self._book.note_failed(node_id, now_ms=self._now_ms())
+            # What others told says nothing about what the book says.
+            if not attempt.addresses.isdisjoint(self._book.addresses(node_id)):
+                self._book.note_failed(node_id, now_ms=self._now_ms())
             raise
         finally:
             del self._attempts[node_id]

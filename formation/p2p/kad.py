@@ -11,8 +11,14 @@ until it is known that nobody can dial us: on a LAN, where nobody can tell, ever
 *Asking.* Of connected peers on streams; others are dialled as visits (`visits`): a few at a time, closed again if we have
 enough. What others tell is hearsay to the rest of the node: where it says that a peer is, a dial proves or disproves.
 
+*What others tell.* Nobody may send us where he is not himself: an address counts only if its teller can be there, too
+(`kad_scope`), the addresses that a peer of the table had come before those that others tell of it, and a peer that a lie was
+told of loses nothing by it. Of providers see `kad_records.ProviderTally`: the whole walk is heard, and who is named by most
+comes first.
+
 *Refresh.* Our own surroundings when the table gets its first peers and every REFRESH_INTERVAL_S, and each bucket that had no
-look-up for as long. Waits are jittered, so that nodes started together do not ask together.
+look-up for as long; connected peers that have no place are asked again whether they serve by now. Waits are jittered, so that
+nodes started together do not ask together.
 """
 
 from __future__ import annotations
@@ -20,9 +26,10 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import structlog
@@ -30,9 +37,18 @@ import trio
 
 from formation.core.errors import DecodeError, FormationError, UnavailableError, UsageError
 from formation.core.ids import NodeId
-from formation.p2p.kad_lookup import Lookup
-from formation.p2p.kad_records import OwnKeys, ProviderStore
-from formation.p2p.kad_table import STALE_AFTER_S, Contact, RoutingTable, as_told, group_of_address
+from formation.p2p.kad_lookup import ALPHA, Lookup
+from formation.p2p.kad_records import OwnKeys, ProviderStore, ProviderTally
+from formation.p2p.kad_scope import may_be_told
+from formation.p2p.kad_table import (
+    STALE_AFTER_S,
+    Contact,
+    RoutingTable,
+    as_told,
+    group_of_address,
+    host_of_address,
+    is_counted,
+)
 from formation.p2p.kad_wire import (
     KEY_SIZE_MAX_BYTES,
     K,
@@ -67,12 +83,24 @@ PROBE_CONCURRENCY_MAX = 8
 REFRESH_INTERVAL_S = STALE_AFTER_S
 # Looked for by hashing: 2^13 hashes (4 ms) find a key for bucket 12, which thousands of nodes fill.
 REFRESH_BUCKET_MAX = 12
-PROVIDE_CONCURRENCY_MAX = 4
+# Below LOOKUP_CONCURRENCY_MAX: a thousand images that are said again leave room for somebody who waits for an answer.
+PROVIDE_CONCURRENCY_MAX = 2
+# Telling the nearest peers of a key, all of them, some of whom say nothing.
+SAY_TIMEOUT_S = 20.0
+# Dials of walks at a time, of the 16 that may be under way (`discovery`).
+WALK_CONCURRENCY_MAX = 6
 # Served: a stream carries questions one after the other, as go-libp2p sends them.
 SERVED_PER_PEER_MAX = 8
+# Beyond it each peer has one: those are no more than connections.
 SERVED_COUNT_MAX = 128
+# For a question, all of it, and for reading its answer: who dribbles holds a place for no longer.
 IDLE_TIMEOUT_S = 15.0
 QUESTIONS_PER_STREAM_MAX = 256
+# Of one peer, on all its streams; an answer costs a millisecond. A walk asks each peer once, a hundred images that are said
+# again in one go are the most that an honest peer wants. Who asks more is answered later.
+QUESTION_INTERVAL_S = 0.02
+QUESTION_BURST_COUNT = 100
+# Told in one answer, and heard of one.
 PROVIDER_COUNT_MAX = 20
 
 KadMode = Literal["auto", "server", "client"]
@@ -94,7 +122,33 @@ class KadCounters:
     served_count: int = 0
     asked_count: int = 0
     ask_failed_count: int = 0
-    lookup_count: int = 0
+    lookup_counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("found", "ended", "timed_out"), 0))
+    """By outcome: what was sought was there before the end, everybody near was asked, there was no time for that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KadStatistics:
+    """Gauges, and counters since start."""
+
+    is_server: bool
+    contact_count: int
+    record_count: int
+    """Of others, kept here."""
+    own_key_count: int
+    served_count: int
+    asked_count: int
+    ask_failed_count: int
+    lookup_counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    """What of a peer's answer is believable."""
+
+    closer: tuple[Told, ...]
+    providers: tuple[Told, ...]
+    network: str
+    """Where its connection came from (`kad_table.group_of_address`)."""
 
 
 class Kad:
@@ -136,6 +190,10 @@ class Kad:
         self._probes = trio.CapacityLimiter(PROBE_CONCURRENCY_MAX)
         self._lookups = trio.CapacityLimiter(LOOKUP_CONCURRENCY_MAX)
         self._provides = trio.CapacityLimiter(PROVIDE_CONCURRENCY_MAX)
+        self._providing: set[bytes] = set()
+        self._walks = trio.CapacityLimiter(WALK_CONCURRENCY_MAX)
+        self._paid_until_s: dict[NodeId, float] = {}
+        """By asker: when its questions so far are paid for, one each QUESTION_INTERVAL_S."""
         self._grown = trio.Event()
         self._keys_changed = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -174,6 +232,7 @@ class Kad:
                 for node_id in self._transport.connected():
                     self.note_connection(node_id, True)
                 nursery.start_soon(self._refresh_loop)
+                nursery.start_soon(self._probe_loop)
                 nursery.start_soon(self._provide_loop)
                 await trio.sleep_forever()
         finally:
@@ -197,6 +256,20 @@ class Kad:
                         return
         finally:
             self._probing.discard(node_id)
+
+    async def _probe_loop(self) -> None:
+        """A peer may serve by now that did not when it came: it has learnt that it can be reached."""
+        while True:
+            await trio.sleep(REFRESH_INTERVAL_S * (0.75 + 0.5 * self._rng.random()))
+            self._records.expire(now_s=trio.current_time())
+            for node_id in sorted(self._transport.connected()):
+                if node_id not in self._table:
+                    self.note_connection(node_id, True)
+
+    def forget(self, node_id: NodeId) -> None:
+        """We have nothing to do with a peer any more: its place and its records go."""
+        self._table.remove(node_id)
+        self._records.forget(node_id)
 
     def _question_of_own(self) -> Message:
         try:
@@ -235,7 +308,7 @@ class Kad:
         votes: Counter[str] = Counter()
         teller_count = 0
 
-        def hear(_: NodeId, answer: Message) -> bool:
+        def hear(_: NodeId, answer: _Answer) -> bool:
             nonlocal teller_count
             for told in answer.closer:
                 if told.node_id == node_id and told.addresses:
@@ -258,7 +331,9 @@ class Kad:
             answer = await self._try_ask(Told(node_id=node_id, addresses=()), question)
             for told in () if answer is None else answer.closer:
                 if told.node_id != self._transport.node_id:
-                    found[told.node_id] = told.addresses
+                    # Whoever answers last shall not hide what others told.
+                    known = found.get(told.node_id, ())
+                    found[told.node_id] = tuple(dict.fromkeys((*known[:1], *told.addresses[:1], *known[1:], *told.addresses)))
 
         async with trio.open_nursery() as nursery:
             for node_id in self._rng.sample(serving, min(ASKED_COUNT, len(serving))):
@@ -272,32 +347,25 @@ class Kad:
           UsageError: the key is empty or longer than KEY_SIZE_MAX_BYTES.
         """
         _check_key(key)
-        found: dict[NodeId, tuple[str, ...]] = {}
+        tally = ProviderTally(self._transport.node_id)
+        tally.hear("", self._records.get(key, now_s=trio.current_time(), count_max=PROVIDER_COUNT_MAX))
 
-        def take(providers: tuple[Told, ...]) -> bool:
-            for told in providers:
-                # Nobody may fill the list before others have answered; who is named by several keeps its place.
-                if told.node_id != self._transport.node_id and len(found) < 4 * count_max:
-                    found.setdefault(told.node_id, told.addresses)
-            return len(found) >= count_max
+        def hear(node_id: NodeId, answer: _Answer) -> bool:
+            # One voice for each public network: identities are cheap. The walk goes on: the first to answer is not right.
+            tally.hear(answer.network if is_counted(answer.network) else node_id, answer.providers)
+            return False
 
-        own = self._records.get(key, now_s=trio.current_time(), count_max=count_max)
-        if not take(own):
-            question = Message(kind=Kind.GET_PROVIDERS, key=key)
-            await self._lookup(question, lambda _, answer: take(answer.providers[:PROVIDER_COUNT_MAX]))
-        else:
-            await trio.lowlevel.checkpoint()
-        # In any order: who answers first is not who is right.
-        chosen = self._rng.sample(sorted(found), min(count_max, len(found)))
-        for node_id in chosen:
-            if found[node_id]:
-                self._on_hearsay(node_id, found[node_id])
-        return tuple(chosen)
+        await self._lookup(Message(kind=Kind.GET_PROVIDERS, key=key), hear)
+        chosen = tally.best(count_max=count_max, shuffle=self._rng.shuffle)
+        for told in reversed(chosen):  # the best is the last to be forgotten
+            if told.addresses:
+                self._on_hearsay(told.node_id, told.addresses)
+        return tuple(told.node_id for told in chosen)
 
     async def _lookup(
         self,
         question: Message,
-        hear: Callable[[NodeId, Message], bool] = lambda node_id, answer: False,
+        hear: Callable[[NodeId, _Answer], bool] = lambda node_id, answer: False,
         *,
         without: NodeId | None = None,
     ) -> tuple[NodeId, ...]:
@@ -309,7 +377,6 @@ class Kad:
         """
         place = place_of(question.key)
         async with self._lookups:
-            self.counters.lookup_count += 1
             self._table.touch(place, now_s=trio.current_time())
             seeds = [as_told(contact) for contact in self._table.closest(place) if contact.node_id != without]
             if len(seeds) < ASKED_COUNT:
@@ -330,40 +397,67 @@ class Kad:
                     is_over = hear(told.node_id, answer) or is_over
                 changed.set()
 
-            with trio.move_on_after(LOOKUP_TIMEOUT_S):
+            with trio.move_on_after(LOOKUP_TIMEOUT_S) as limit:
                 async with trio.open_nursery() as nursery:
-                    under_way = 0
                     while not is_over:
                         changed = trio.Event()
                         for told in lookup.next_asks():
                             nursery.start_soon(ask, told)
-                        under_way = len(nursery.child_tasks)
-                        if not under_way:
+                        if not nursery.child_tasks:
                             break
                         await changed.wait()
                         # Let the task that said so end, and others that are done by now.
                         await trio.lowlevel.checkpoint()
                     nursery.cancel_scope.cancel()
+            self.counters.lookup_counts["found" if is_over else "timed_out" if limit.cancelled_caught else "ended"] += 1
             return lookup.closest()
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
-    async def _try_ask(self, told: Told, question: Message) -> Message | None:
+    async def _try_ask(self, told: Told, question: Message) -> _Answer | None:
         """The answer of a peer, dialled if need be; None if it gives none. The table learns by it."""
+        if told.node_id in self._transport.connected():
+            return await self._ask_in_time(told, question)
+        async with self._walks:  # its time begins behind that: it is not to blame for those who are waited for
+            return await self._ask_in_time(told, question)
+
+    async def _ask_in_time(self, told: Told, question: Message) -> _Answer | None:
+        node_id = told.node_id
+        # Lies about where a peer is must not cost it its place: where it was found before comes first.
+        contact = self._table.get(node_id)
+        addresses = told.addresses if contact is None else tuple(dict.fromkeys((*contact.addresses, *told.addresses)))
         self.counters.asked_count += 1
         try:
             with trio.fail_after(ASK_TIMEOUT_S):
-                async with self._visit(told.node_id, told.addresses):
-                    answer = await self._ask(told.node_id, question)
-                    self._note_alive(told)
+                async with self._visit(node_id, addresses[:ADDRESS_COUNT_MAX]):
+                    answer = self._believable(node_id, await self._ask(node_id, question))
+                    self._note_alive(node_id, addresses)
         except (FormationError, trio.TooSlowError) as exc:
             if isinstance(exc, DecodeError):
-                self._on_offence(told.node_id, Offence.MALFORMED)
+                self._on_offence(node_id, Offence.MALFORMED)
             self.counters.ask_failed_count += 1
-            _logger.debug("kad: no answer", peer=told.node_id, error=str(exc) or "not in time")
-            self._table.failed(told.node_id)
+            _logger.debug("kad: no answer", peer=node_id, error=str(exc) or "not in time")
+            self._table.failed(node_id)
             return None
         return answer
+
+    def _believable(self, node_id: NodeId, answer: Message) -> _Answer:
+        """Without the addresses where its author cannot be, too."""
+        seen_at, own = self._transport.seen_at(node_id), self._transport.own_addresses()
+
+        def weigh(peers: tuple[Told, ...]) -> tuple[Told, ...]:
+            return tuple(
+                Told(
+                    node_id=told.node_id, addresses=tuple(a for a in told.addresses if may_be_told(a, seen_at=seen_at, own=own))
+                )
+                for told in peers
+            )
+
+        return _Answer(
+            closer=weigh(answer.closer),
+            providers=weigh(answer.providers[:PROVIDER_COUNT_MAX]),
+            network=group_of_address(seen_at),
+        )
 
     async def _ask(self, node_id: NodeId, question: Message) -> Message:
         stream = await self._transport.open_stream(node_id, self._protocol)
@@ -373,20 +467,26 @@ class Kad:
             if question.kind is Kind.ADD_PROVIDER:  # has no answer; what was sent must not be lost by a reset
                 await _hear_end(stream)
                 return Message(kind=Kind.ADD_PROVIDER)
-            answer = await _receive_message(stream)
+            answer = await _receive_message(stream, MessageDecoder())
+            if answer is None:
+                raise UnavailableError("the peer ended its answer too early", hint="it may have stopped, or refuse us")
             if answer.kind is not question.kind:
                 raise DecodeError(f"a kad answer of kind {answer.kind.name}")
             return answer
         finally:
             await stream.aclose()
 
-    def _note_alive(self, told: Told) -> None:
-        node_id = told.node_id
+    def _note_alive(self, node_id: NodeId, tried: tuple[str, ...]) -> None:
         reached = self._transport.seen_at(node_id)
         # Of what was told of it before, only where it was reached now is proven; the rest it says of itself.
-        proven = (reached,) if reached in told.addresses else ()
-        addresses = tuple(dict.fromkeys((*proven, *self._transport.told_addresses(node_id))))[:ADDRESS_COUNT_MAX]
+        proven = (reached,) if reached in tried else ()
+        addresses = tuple(dict.fromkeys((*proven, *self._own_word(node_id))))[:ADDRESS_COUNT_MAX]
         self._add(node_id, addresses, reached)
+
+    def _own_word(self, node_id: NodeId) -> tuple[str, ...]:
+        """Where a connected peer says that it is, as far as it can be there."""
+        seen_at, own = self._transport.seen_at(node_id), self._transport.own_addresses()
+        return tuple(a for a in self._transport.told_addresses(node_id) if may_be_told(a, seen_at=seen_at, own=own))
 
     def _add(self, node_id: NodeId, addresses: tuple[str, ...], seen_at: str) -> None:
         was_empty = not len(self._table)
@@ -432,7 +532,10 @@ class Kad:
             while True:
                 self._keys_changed = trio.Event()
                 while (key := self._own_keys.take_due(now_s=trio.current_time(), jitter=self._rng.random())) is not None:
+                    if key in self._providing:  # some of those told are slow: it is said again the next time
+                        continue
                     await self._provides.acquire_on_behalf_of(key)
+                    self._providing.add(key)
                     nursery.start_soon(self._provide, key)
                 wait_s = self._own_keys.next_at_s() - trio.current_time()
                 with trio.move_on_after(wait_s if math.isfinite(wait_s) else math.inf):
@@ -440,20 +543,28 @@ class Kad:
 
     async def _provide(self, key: bytes) -> None:
         try:
-            addresses = self._transport.own_addresses()
-            nearest = await self._lookup(Message(kind=Kind.FIND_NODE, key=key))
-            say = Message(kind=Kind.ADD_PROVIDER, key=key, providers=told_of([(self._transport.node_id, addresses)]))
-            for node_id in nearest:
-                if key in self._own_keys:
-                    contact = self._table.get(node_id)
-                    await self._try_ask(Told(node_id=node_id, addresses=()) if contact is None else as_told(contact), say)
+            nearest = iter(await self._lookup(Message(kind=Kind.FIND_NODE, key=key)))
+            own = told_of([(self._transport.node_id, self._transport.own_addresses())])
+
+            async def say() -> None:
+                for node_id in nearest:
+                    if key in self._own_keys:
+                        told = Told(node_id=node_id, addresses=())  # in the table, for it has answered
+                        await self._try_ask(told, Message(kind=Kind.ADD_PROVIDER, key=key, providers=own))
+
+            with trio.move_on_after(SAY_TIMEOUT_S):
+                async with trio.open_nursery() as nursery:
+                    for _ in range(ALPHA):
+                        nursery.start_soon(say)
         finally:
+            self._providing.discard(key)
             self._provides.release_on_behalf_of(key)
 
     # --- serving -----------------------------------------------------------------------------------------------------
 
     async def _serve(self, node_id: NodeId, stream: ByteStream) -> None:
-        if self._serving[node_id] >= SERVED_PER_PEER_MAX or self._serving.total() >= SERVED_COUNT_MAX:
+        is_full = self._serving.total() >= SERVED_COUNT_MAX
+        if self._serving[node_id] >= (1 if is_full else SERVED_PER_PEER_MAX):
             await stream.aclose()
             return
         self._serving[node_id] += 1
@@ -469,27 +580,34 @@ class Kad:
 
     async def _serve_stream(self, node_id: NodeId, stream: ByteStream) -> None:
         decoder = MessageDecoder()
-        left = QUESTIONS_PER_STREAM_MAX
-        is_open = True
-        while is_open and left > 0:
-            is_open = False  # but if a question comes in time, and its answer is read
-            with trio.move_on_after(IDLE_TIMEOUT_S):
-                data = await stream.receive_some(READ_SIZE_MAX_BYTES)
-                questions = decoder.feed(data)
-                left -= len(questions)
-                is_open = bool(data) and await self._answer_all(node_id, stream, questions)
+        for _ in range(QUESTIONS_PER_STREAM_MAX):
+            with trio.move_on_after(IDLE_TIMEOUT_S) as limit:
+                try:
+                    question = await _receive_message(stream, decoder)
+                except UnavailableError:
+                    return  # who has its answer may leave without a word
+                if question is None:
+                    return
+                answer = self._answer(node_id, question)
+                if answer is not None:
+                    await stream.send_all(encode_message(answer))
+                elif question.kind is not Kind.ADD_PROVIDER:
+                    await stream.aclose()
+                    return
+            if limit.cancelled_caught:
+                return
+            self.counters.served_count += 1
+            await self._pace(node_id)
 
-    async def _answer_all(self, node_id: NodeId, stream: ByteStream, questions: list[Message]) -> bool:
-        """Whether the stream is of further use."""
-        for question in questions:
-            answer = self._answer(node_id, question)
-            if answer is not None:
-                self.counters.served_count += 1
-                await stream.send_all(encode_message(answer))
-            elif question.kind is not Kind.ADD_PROVIDER:
-                await stream.aclose()
-                return False
-        return True
+    async def _pace(self, node_id: NodeId) -> None:
+        """Let a peer that asks much wait: GCRA, as routers do it."""
+        now_s = trio.current_time()
+        paid_s = max(self._paid_until_s.pop(node_id, now_s), now_s) + QUESTION_INTERVAL_S
+        # Those that asked longest ago stand first; two that go for each that comes keep it from growing.
+        for other in [other for other, until_s in islice(self._paid_until_s.items(), 2) if until_s <= now_s]:
+            del self._paid_until_s[other]
+        self._paid_until_s[node_id] = paid_s
+        await trio.sleep_until(paid_s - QUESTION_BURST_COUNT * QUESTION_INTERVAL_S)
 
     def _answer(self, node_id: NodeId, question: Message) -> Message | None:
         if question.kind is not Kind.PING and not question.key:
@@ -514,10 +632,11 @@ class Kad:
 
     def _closer(self, asker: NodeId, key: bytes) -> tuple[Told, ...]:
         """Those nearest to a key, and the very peer that it names if that is connected here, server or not."""
-        told = [as_told(contact) for contact in self._table.closest(place_of(key), count_max=K + 1) if contact.node_id != asker]
+        nearest = self._table.closest(place_of(key), count_max=K + 1)
+        told = [as_told(contact) for contact in nearest if contact.node_id != asker]
         named = next((n for n in self._transport.connected() if _is_named(n, key)), None)
         if named is not None and named != asker and named not in self._table:
-            told = [*told_of([(named, self._transport.told_addresses(named))]), *told]
+            told = [*told_of([(named, self._own_word(named))]), *told]
         return tuple(each for each in told if each.addresses)[:K]
 
     def _providers(self, key: bytes) -> tuple[Told, ...]:
@@ -528,15 +647,16 @@ class Kad:
         return providers
 
     def _take_provider(self, node_id: NodeId, question: Message) -> None:
-        """Keep what a peer says of itself; of others nobody may say anything."""
-        for told in question.providers:
-            if told.node_id == node_id:
-                addresses = self._transport.told_addresses(node_id) or told.addresses
-                group = group_of_address(self._transport.seen_at(node_id))
-                self._records.add(
-                    question.key, Told(node_id=node_id, addresses=addresses), group=group, now_s=trio.current_time()
-                )
-                return
+        """Keep that a peer provides a key, with the addresses that it signed; of others nobody may say anything."""
+        if any(told.node_id == node_id for told in question.providers):
+            seen_at = self._transport.seen_at(node_id)
+            self._records.add(
+                question.key,
+                Told(node_id=node_id, addresses=self._own_word(node_id)),
+                network=group_of_address(seen_at),
+                host=host_of_address(seen_at),
+                now_s=trio.current_time(),
+            )
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -544,10 +664,19 @@ class Kad:
         """Who stands in the table."""
         return self._table.contacts()
 
-    @property
-    def record_count(self) -> int:
-        """Provider records kept for others."""
-        return len(self._records)
+    def statistics(self) -> KadStatistics:
+        """Gauges and counters."""
+        counters = self.counters
+        return KadStatistics(
+            is_server=self.is_server,
+            contact_count=len(self._table),
+            record_count=len(self._records),
+            own_key_count=len(self._own_keys),
+            served_count=counters.served_count,
+            asked_count=counters.asked_count,
+            ask_failed_count=counters.ask_failed_count,
+            lookup_counts=dict(counters.lookup_counts),
+        )
 
 
 def _is_named(node_id: NodeId, key: bytes) -> bool:
@@ -562,14 +691,14 @@ def _check_key(key: bytes) -> None:
         raise UsageError(f"a key of {len(key)} bytes", hint=f"keys have 1 to {KEY_SIZE_MAX_BYTES} bytes; a multihash is meant")
 
 
-async def _receive_message(stream: ByteStream) -> Message:
-    decoder = MessageDecoder()
-    while True:
+async def _receive_message(stream: ByteStream, decoder: MessageDecoder) -> Message | None:
+    """The next one; None: the peer has closed instead."""
+    while (message := decoder.next_message()) is None:
         data = await stream.receive_some(READ_SIZE_MAX_BYTES)
         if not data:
-            raise UnavailableError("the peer ended its answer too early", hint="it may have stopped, or refuse us")
-        if messages := decoder.feed(data):
-            return messages[0]
+            return None
+        decoder.push(data)
+    return message
 
 
 async def _hear_end(stream: ByteStream) -> None:

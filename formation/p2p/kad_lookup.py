@@ -4,7 +4,8 @@ The shell asks whom `next_asks` names and tells what came. Up to ALPHA questions
 
 - PATH_COUNT disjoint paths (Baumgart & Mies 2007, "S/Kademlia", section 4.4): the seeds are dealt to them, who was heard of
   on one is asked on that one only, and each ends by itself, when its PATH_WIDTH nearest have answered. So who captures one
-  path, by naming accomplices near the target, does not end the others.
+  path, by naming accomplices near the target, does not end the others. When all have ended, the K nearest of all paths are
+  asked that were not: the walk ends when the K nearest that live have answered, as the specification wants it.
 - Of one answer K peers count. Names that lead nowhere cost their teller: who named DEAD_COUNT_MAX that did not answer, and
   nobody who did, is believed no more; what others told, too, still counts.
 - GROUP_COUNT_MAX of one public network are asked, whatever their number of identities.
@@ -14,7 +15,7 @@ The shell asks whom `next_asks` names and tells what came. Up to ALPHA questions
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -96,7 +97,9 @@ class Lookup:
         asks: list[Told] = []
         under_way = sum(candidate.condition is _Is.ASKED for candidate in self._candidates.values())
         # Each path in turn, so that a captured one does not take the places of the others.
-        fronts = [self._front(path) for path in range(PATH_COUNT)]
+        fronts = [self._front((path,), PATH_WIDTH) for path in range(PATH_COUNT)]
+        if not any(fronts):
+            fronts = [self._front(range(PATH_COUNT), K)]
         while any(fronts) and under_way < ALPHA and self._asked_count < ASKED_COUNT_MAX:
             for front in fronts:
                 if front and under_way < ALPHA and self._asked_count < ASKED_COUNT_MAX:
@@ -110,19 +113,19 @@ class Lookup:
                     asks.append(Told(node_id=candidate.node_id, addresses=candidate.addresses))
         return tuple(asks)
 
-    def _front(self, path: int) -> list[_Candidate]:
-        """Of a path's PATH_WIDTH nearest that are worth it, those not asked yet, nearest first."""
+    def _front(self, paths: Container[int], width_max: int) -> list[_Candidate]:
+        """Of the nearest on these paths that are worth it, those not asked yet, nearest first."""
         front: list[_Candidate] = []
         width = 0
         for candidate in sorted(self._candidates.values(), key=lambda each: each.distance):
-            if candidate.path != path or candidate.condition is _Is.FAILED:
+            if candidate.path not in paths or candidate.condition is _Is.FAILED:
                 continue
             if candidate.condition is _Is.NEW:
                 if not self._is_worth_it(candidate):
                     continue
                 front.append(candidate)
             width += 1
-            if width == PATH_WIDTH:
+            if width == width_max:
                 break
         return front
 

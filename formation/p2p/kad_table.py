@@ -16,13 +16,13 @@ buckets as in go-libp2p-kad-dht). Who may stand in it, and who gives way:
 
 from __future__ import annotations
 
-import ipaddress
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import nsmallest
 
 from formation.core.ids import NodeId
+from formation.p2p.kad_scope import Scope, scope_of
 from formation.p2p.kad_wire import K, Told, place_of_node
 from formation.p2p.peer_book import is_dialable, prefix_of
 
@@ -180,10 +180,12 @@ def group_of_address(address: str) -> str:
     """The network that a multiaddr is in (`peer_book.prefix_of`), private ones marked; "" if it cannot be told."""
     if not is_dialable(address):
         return ""
-    prefix = prefix_of(address)
-    kind, host = address.split("/")[1:3]
-    is_public = kind.startswith("dns") or (kind in ("ip4", "ip6") and ipaddress.ip_address(host).is_global)
-    return prefix if is_public else f"private {prefix}"
+    return prefix_of(address) if scope_of(address) is Scope.PUBLIC else f"private {prefix_of(address)}"
+
+
+def host_of_address(address: str) -> str:
+    """The host of a multiaddr: what one machine has one of; "" if it cannot be told."""
+    return address.split("/")[2] if is_dialable(address) else ""
 
 
 def is_counted(group: str) -> bool:

@@ -11,7 +11,7 @@ A message is a varint with its length, then protobuf (libp2p specs, kad-dht, "RP
 
 Rules: (1) what is malformed is refused whole (`DecodeError`); (2) what we cannot use (peers with keys of other kinds, addresses
 that nobody here can dial, fields of newer versions) is left out in silence: it is no fault; (3) no more peers and addresses
-are looked at than a correct peer sends.
+are looked at than a correct peer sends; (4) a peer is told of once in a message: its author has one voice.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def decode_message(body: bytes) -> Message:
       DecodeError: it is none.
     """
     kind, key = 0, b""
-    closer: list[Told] = []
-    providers: list[Told] = []
+    closer: dict[NodeId, Told] = {}
+    providers: dict[NodeId, Told] = {}
     looked_at = 0
     for number, value in _fields(body):
         match number, value:
@@ -153,13 +153,13 @@ def decode_message(body: bytes) -> Message:
                 told = _decode_peer(value) if looked_at <= _PEER_LOOKED_AT_MAX else None
                 peers = closer if number == 8 else providers
                 if told is not None and len(peers) < K:
-                    peers.append(told)
+                    peers.setdefault(told.node_id, told)
             case ((1 | 2 | 8 | 9), _):
                 raise DecodeError(f"kad message: field {number} is of another type")
     if len(key) > KEY_SIZE_MAX_BYTES:
         raise DecodeError(f"kad message: a key of {len(key)} bytes")
     try:
-        return Message(kind=Kind(kind), key=key, closer=tuple(closer), providers=tuple(providers))
+        return Message(kind=Kind(kind), key=key, closer=tuple(closer.values()), providers=tuple(providers.values()))
     except ValueError as exc:
         raise DecodeError(f"kad message of kind {kind}") from exc
 
@@ -172,24 +172,39 @@ class MessageDecoder:
     def __init__(self) -> None:
         self._data = bytearray()
 
-    def feed(self, data: bytes) -> list[Message]:
-        """Those that are complete now.
+    def push(self, data: bytes) -> None:
+        """What has arrived."""
+        self._data += data
+
+    def next_message(self) -> Message | None:
+        """The next one that is complete: each is read when it is asked for, so a heap of them costs nothing before.
 
         Raises:
-          DecodeError: a message is malformed or too long; the stream is of no more use.
+          DecodeError: it is malformed or too long; the stream is of no more use.
         """
-        self._data += data
+        if not self._data:
+            return None
+        size, start = _length(self._data)
+        if size is None:
+            return None
+        if size > MESSAGE_SIZE_MAX_BYTES:
+            raise DecodeError(f"a kad message of {size} bytes, the limit is {MESSAGE_SIZE_MAX_BYTES}")
+        if len(self._data) < start + size:
+            return None
+        message = decode_message(bytes(self._data[start : start + size]))
+        del self._data[: start + size]
+        return message
+
+    def feed(self, data: bytes) -> list[Message]:
+        """Push, and all that are complete then.
+
+        Raises:
+          DecodeError: one is malformed or too long; the stream is of no more use.
+        """
+        self.push(data)
         messages: list[Message] = []
-        while self._data:
-            size, start = _length(self._data)
-            if size is None:
-                break
-            if size > MESSAGE_SIZE_MAX_BYTES:
-                raise DecodeError(f"a kad message of {size} bytes, the limit is {MESSAGE_SIZE_MAX_BYTES}")
-            if len(self._data) < start + size:
-                break
-            messages.append(decode_message(bytes(self._data[start : start + size])))
-            del self._data[: start + size]
+        while (message := self.next_message()) is not None:
+            messages.append(message)
         return messages
 
 
@@ -229,6 +244,8 @@ def _decode_peer(body: bytes) -> Told | None:
 # --- addresses -------------------------------------------------------------------------------------------------------
 
 
+# Addresses of the table are told again and again; each costs 10 us.
+@lru_cache(maxsize=_CACHED_ID_COUNT)
 def encode_address(address: str) -> bytes:
     """The binary form of a dialable multiaddr (`peer_book.is_dialable`)."""
     assert is_dialable(address), address

@@ -18,7 +18,7 @@ from formation.core.errors import DecodeError, UsageError
 from formation.core.ids import NodeId
 from formation.p2p.discovery import Discovery, Sight
 from formation.p2p.frames import FRAME_SIZE_MAX_BYTES
-from formation.p2p.kad import Kad, KadMode
+from formation.p2p.kad import Kad, KadMode, KadStatistics
 from formation.p2p.kad_table import Contact
 from formation.p2p.link import LINK_PROTOCOL, FrameHandler, Links
 from formation.p2p.mdns import Mdns
@@ -317,6 +317,10 @@ class P2pService:
         """Whether we answer in Kademlia."""
         return self._kad.is_server
 
+    def kad_statistics(self) -> KadStatistics:
+        """What Kademlia has and did."""
+        return self._kad.statistics()
+
     def kad_contacts(self) -> tuple[Contact, ...]:
         """Who stands in our Kademlia table."""
         return self._kad.contacts()
@@ -407,6 +411,7 @@ class P2pService:
         """A peer did what no correct one does: its score falls, and below a limit it is banned for a while."""
         if self._scores.note(node_id, offence, now_s=trio.current_time()):
             _logger.warning("peer banned", peer=node_id, reason=offence.value, hint=f"formation peer unban {node_id}")
+            self._kad.forget(node_id)
             self._close_soon(node_id)
 
     def scores(self) -> tuple[PeerScore, ...]:
@@ -430,6 +435,7 @@ class P2pService:
         except OverflowError as exc:
             raise UsageError(str(exc), hint="formation peer unban, or a firewall") from exc
         self._book.set_banned(self._scores.manual_bans)
+        self._kad.forget(node_id)
         await self._discovery.save_book()
         await self._transport.close_peer(node_id)
 

@@ -21,8 +21,6 @@ from formation.p2p.transport import Transport
 # Half of the dials that may be under way (`discovery`): addresses of others' networks, where nobody may answer, must not keep
 # us from our own. Each is a handshake (some ms of CPU) and an answer of some KiB; people and imports ask a few a second.
 VISIT_CONCURRENCY_MAX = 8
-# The same for walks through our own network, which must not wait behind those.
-WALK_CONCURRENCY_MAX = 6
 # Closing waits for the peer's goodbye at most so long.
 CLOSE_TIMEOUT_S = 2.0
 
@@ -36,7 +34,6 @@ class Visits:
         self._table = table
         self._requests = requests
         self._limiter = trio.CapacityLimiter(VISIT_CONCURRENCY_MAX)
-        self._walk_limiter = trio.CapacityLimiter(WALK_CONCURRENCY_MAX)
         self._visiting: Counter[NodeId] = Counter()
         self._opened: set[NodeId] = set()
 
@@ -57,13 +54,15 @@ class Visits:
     async def of_own_network(self, node_id: NodeId, addresses: tuple[str, ...]) -> AsyncIterator[None]:
         """Be connected to a peer inside, which answers there if it is of our network: then it stays while we have too few.
 
+        How many at a time the caller decides (`kad.WALK_CONCURRENCY_MAX`): they must not wait behind visits elsewhere.
+
         Raises:
           UnavailableError: it cannot be reached there, or is refused here.
         """
         if node_id in self._transport.connected() and node_id not in self._visiting:
             yield
             return
-        async with self._walk_limiter, self._connected(node_id, addresses):
+        async with self._connected(node_id, addresses):
             yield
             if node_id in self._opened and len(self._transport.connected()) <= LOW_WATER:
                 self._opened.discard(node_id)

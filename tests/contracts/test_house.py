@@ -40,6 +40,7 @@ PURE_MODULES = [
             "frames",
             "kad_lookup",
             "kad_records",
+            "kad_scope",
             "kad_table",
             "kad_wire",
             "mdns_wire",

@@ -1,10 +1,5 @@
 from __future__ import annotations
 
-import random
-
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
 from formation.p2p.kad_table import (
@@ -140,30 +135,3 @@ def test_groups() -> None:
     assert is_counted(group_of_address("/dns4/a.example.org/tcp/1"))
     for address in ("/ip4/10.0.0.1/tcp/1", "/memory/a", "", "/ip4/9.9.9.9/udp/1"):
         assert not is_counted(group_of_address(address))
-
-
-@settings(max_examples=60)
-@given(st.integers(0, 2**32), st.integers(0, 300))
-def test_the_table_stays_within_its_bounds(seed: int, count: int) -> None:
-    """Whatever comes in whatever order: buckets, shares and the count of groups are right."""
-    rng, table = random.Random(seed), RoutingTable(OWN)
-    for step in range(count):
-        node_id = rng.choice(IDS[:120])
-        match rng.randrange(4):
-            case 0:
-                table.failed(node_id)
-            case 1:
-                table.seen(node_id, now_s=step)
-            case _:
-                where = rng.choice((public(rng.randrange(6)), lan(rng.randrange(9))))
-                table.add(node_id, (where,), seen_at=where, now_s=step, is_pinned=rng.random() < 0.1)
-    contacts = table.contacts()
-    assert len({c.node_id for c in contacts}) == len(contacts) == len(table)
-    buckets: dict[int, list[str]] = {}
-    for contact in contacts:
-        buckets.setdefault(table.bucket_of(contact.place), []).append("pinned" if contact.is_pinned else contact.group)
-    for groups in buckets.values():
-        assert len(groups) <= K
-        # One that was pinned once may be counted again.
-        assert all(groups.count(g) <= GROUP_BUCKET_COUNT_MAX + groups.count("pinned") + 5 for g in groups if is_counted(g))
-    assert sum(table._groups.values()) == len(contacts)
