@@ -89,7 +89,7 @@ def test_look_ups_arrive(liar_share: float, lie: str, found_min: float) -> None:
     """The peers nearest to a place are found among 2,000, with 30 % of liars of each kind; and not by asking everybody."""
     world = World(1, liar_share=liar_share, lie=lie)
     honest = [node_id for node_id in world.ids if node_id not in world.liar_set]
-    found = asked = 0
+    found = asked = near_count = 0
     trial_count = 15
     for _ in range(trial_count):
         target = world.rng.choice(honest)
@@ -98,10 +98,13 @@ def test_look_ups_arrive(liar_share: float, lie: str, found_min: float) -> None:
         lookup, named = world.walk(place, seeds)
         found += target in named
         asked += lookup.asked_count
-        near = set(world.nearest([n for n in honest if n != target], place, 8))
-        if not liar_share:
-            assert len(near & set(lookup.closest())) >= 6
+        # All K nearest that answer were asked, were they on one path; of liars some stand between.
+        others = [n for n in honest if n != target]
+        answered = set(lookup.closest(count_max=ASKED_COUNT_MAX))
+        near_count += len(answered & set(world.nearest(others, place)))
+        assert liar_share or lookup.closest()[1:] == tuple(world.nearest(others, place, K - 1))
     assert found / trial_count >= found_min
+    assert near_count / trial_count >= 0.8 * K
     assert asked / trial_count < ASKED_COUNT_MAX
 
 
