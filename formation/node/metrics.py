@@ -75,6 +75,13 @@ REQUESTS_REFUSED = _counter("formation_requests_refused_total", "Requests not se
 STREAMS_FAILED = _counter("formation_streams_failed_total", "Streams of peers whose handler ended with an error.")
 MESH_DEGREE = _gauge("formation_gossip_mesh_degree", "Peers in the gossip mesh.", "topic")
 
+KAD_SERVER = _gauge("formation_kad_is_server", "1 if this node answers in Kademlia.")
+KAD_PEERS = _gauge("formation_kad_table_peers", "Peers in the Kademlia table.")
+KAD_RECORDS = _gauge("formation_kad_provider_records", "Provider records: those kept for others, and our own.", "owner")
+KAD_LOOKUPS = _counter("formation_kad_lookups_total", "Walks through the network, by how they ended.", "outcome")
+KAD_QUESTIONS = _counter("formation_kad_questions_total", "Questions of Kademlia.", "direction")
+KAD_UNANSWERED = _counter("formation_kad_questions_unanswered_total", "Questions of this node that nobody answered in time.")
+
 QUORUM = _gauge("formation_state_has_quorum", "1 while enough voters are online for certificates.")
 LEVEL = _gauge("formation_state_is_level", "1 if the last sync round found nothing missing here.")
 VOTERS = _gauge("formation_state_voters", "Members of the committee, as seen from here.", "state")
@@ -117,6 +124,7 @@ def metrics_text(reads: Reads, pack: PackService) -> str:
     page.put(BUILD_INFO, 1, __version__)
     _put_peers(page, reads)
     _put_messages(page, reads)
+    _put_kad(page, reads)
     _put_state(page, reads)
     _put_rooms(page, reads, pack)
     put_process(page)
@@ -181,6 +189,16 @@ def _put_messages(page: Page, reads: Reads) -> None:
     )
     page.put(REQUESTS_REFUSED, figures.request_refused_count)
     page.put(STREAMS_FAILED, figures.stream_failed_count)
+
+
+def _put_kad(page: Page, reads: Reads) -> None:
+    kad = reads.p2p.kad_statistics()
+    page.put(KAD_SERVER, kad.is_server)
+    page.put(KAD_PEERS, kad.contact_count)
+    page.put_all(KAD_RECORDS, {"others": kad.record_count, "own": kad.own_key_count})
+    page.put_all(KAD_LOOKUPS, kad.lookup_counts)
+    page.put_all(KAD_QUESTIONS, {"sent": kad.asked_count, "received": kad.served_count})
+    page.put(KAD_UNANSWERED, kad.ask_failed_count)
 
 
 def _put_state(page: Page, reads: Reads) -> None:

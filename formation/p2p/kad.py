@@ -69,6 +69,8 @@ from formation.p2p.transport import READ_SIZE_MAX_BYTES, ByteStream, OffenceCall
 # One question with its dial: four round trips of 300 ms, and a busy peer.
 ASK_TIMEOUT_S = 3.0
 LOOKUP_TIMEOUT_S = 15.0
+# Until a peer that was told something has read it and closed: a round trip round the world, and a busy peer.
+GOODBYE_S = 1.0
 # Look-ups at a time: each asks 3 peers at once, visits are limited besides.
 LOOKUP_CONCURRENCY_MAX = 4
 # Peers that tell where one is; more would say the same, or not be believed more.
@@ -464,8 +466,10 @@ class Kad:
         try:
             await stream.send_all(encode_message(question))
             await stream.send_eof()
-            if question.kind is Kind.ADD_PROVIDER:  # has no answer; what was sent must not be lost by a reset
-                await _hear_end(stream)
+            if question.kind is Kind.ADD_PROVIDER:
+                # Has no answer. What was sent must not be lost by a reset, and who does not close is no worse for it.
+                with trio.move_on_after(GOODBYE_S):
+                    await _hear_end(stream)
                 return Message(kind=Kind.ADD_PROVIDER)
             answer = await _receive_message(stream, MessageDecoder())
             if answer is None:

@@ -1,14 +1,16 @@
 """mDNS: finds peers of our network on the same LAN without any address to begin with. Shell and socket; `mdns_wire` has the
 packets.
 
-Not the zeroconf package, though it is installed with libp2p: its answers put the TXT record among the additional ones, where
-js-libp2p does not look, and its browser wants SRV records, which libp2p peers do not send; both were read in their sources.
-It would also bring threads.
+A socket of our own and no library: what is sent and read are two records (`mdns_wire`), and threads would be all that one
+added. Other implementations are met as far as the tests show it: the records stand where the specification's readers look
+for them, and are read wherever a sender puts them.
 
 What is heard is hearsay: a peer to be dialled if we need one, whose key the connection proves. Anybody on the LAN may say
-anything, so: only the sender's own address counts (`mdns_wire.peers_in`), FOUND_PER_MINUTE_MAX peers a minute are taken, we
-answer once in ANSWER_INTERVAL_S, by multicast only (nobody can have us send anything elsewhere), and only packets from port
-5353 count.
+anything, so: only packets from port 5353 to the multicast group count, which no router passes on (who is elsewhere cannot
+write to us here); only the sender's own address counts (`mdns_wire.peers_in`); FOUND_PER_SOURCE_MAX peers a minute are taken
+of one address and FOUND_PER_MINUTE_MAX of all; and we answer by multicast only, once in ANSWER_INTERVAL_S, so that
+nobody can have us send anything elsewhere. Who can forge the addresses of others on the LAN can keep its nodes from hearing
+of one another there, as he can with ARP; he gains no more by it than dials.
 
 IPv4 only: the LANs that have IPv6 only have not been met. A machine whose interfaces cannot do multicast logs that, and goes
 on.
@@ -16,6 +18,7 @@ on.
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 import string
@@ -39,13 +42,20 @@ from formation.p2p.mdns_wire import (
 
 GROUP = "224.0.0.251"
 PORT = 5353
-# RFC 6762 section 6: a record is multicast once a second at most.
-ANSWER_INTERVAL_S = 1.0
+# RFC 6762 section 6: a record is multicast once a second at most. On a LAN of a hundred nodes each hears a hundred answers
+# whenever one asks: who asks can wait a little, and others' questions are answered with it.
+ANSWER_INTERVAL_S = 5.0
+# The same section: so that those who answer one question do not speak at once.
+ANSWER_DELAY_MIN_S, ANSWER_DELAY_MAX_S = 0.02, 0.12
 # Section 5.2: the first questions a second apart, then ever rarer. A minute is what a person waits who plugs in a machine.
 QUERY_FIRST_S = 1.0
 QUERY_MAX_S = 60.0
-# A LAN of hundreds of nodes is heard within minutes, and HEARSAY_COUNT_MAX (discovery) is not washed away by a liar.
-FOUND_PER_MINUTE_MAX = 60
+# A LAN of hundreds of nodes is heard within minutes, and HEARSAY_COUNT_MAX (discovery) is not washed away by liars.
+FOUND_PER_MINUTE_MAX = 120
+# Nodes of one machine; more than that are a test's, or invented.
+FOUND_PER_SOURCE_MAX = 16
+# After an error of the socket, which none is known to give: it must not become a busy loop.
+ERROR_PAUSE_S = 1.0
 # Interfaces come and go with cables.
 INTERFACES_INTERVAL_S = 10.0
 INTERFACE_COUNT_MAX = 64
@@ -70,8 +80,10 @@ class Mdns:
         # Random, so that it tells nothing about the machine (specification: 32 to 63 characters).
         self._peer_name = "".join(rng.choices(string.ascii_lowercase + string.digits, k=40))
         self._interfaces: set[int] = set()
-        self._answered_at_s = float("-inf")
+        self._was_asked = trio.Event()
         self._minute_begun_s = float("-inf")
+        self._heard: dict[str, dict[NodeId, tuple[str, ...]]] = {}
+        """By source: what was told of it in this minute."""
         self._found_count = 0
 
     async def run(self, own_addresses: Callable[[], tuple[str, ...]], on_found: Found) -> None:
@@ -84,7 +96,8 @@ class Mdns:
         with link:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._ask_loop, link)
-                await self._listen(link, own_addresses, on_found)
+                nursery.start_soon(self._answer_loop, link, own_addresses)
+                await self._listen(link, on_found)
 
     async def _ask_loop(self, link: trio.socket.SocketType) -> None:
         wait_s, looked_at_s = QUERY_FIRST_S, float("-inf")
@@ -111,7 +124,7 @@ class Mdns:
             except OSError as exc:
                 # Down, without an address, or joined already under this number.
                 _logger.debug("mDNS: interface not joined", index=index, error=exc.strerror)
-                if exc.errno != 98:  # EADDRINUSE
+                if exc.errno != errno.EADDRINUSE:
                     continue
             self._interfaces.add(index)
             is_new = True
@@ -125,40 +138,54 @@ class Mdns:
             except OSError as exc:
                 _logger.debug("mDNS: not sent", index=index, error=exc.strerror)
 
-    async def _listen(
-        self, link: trio.socket.SocketType, own_addresses: Callable[[], tuple[str, ...]], on_found: Found
-    ) -> None:
+    async def _listen(self, link: trio.socket.SocketType, on_found: Found) -> None:
         while True:
-            data, (host, port, *_) = await link.recvfrom(PACKET_SIZE_MAX_BYTES + 1)
-            if port != PORT:
-                continue
             try:
-                packet = decode_packet(data)
-            except DecodeError as exc:
-                _logger.debug("mDNS: not a packet", source=host, error=str(exc))
+                data, (host, port, *_) = await link.recvfrom(PACKET_SIZE_MAX_BYTES + 1)
+            except OSError as exc:
+                _logger.debug("mDNS: not received", error=exc.strerror)
+                await trio.sleep(ERROR_PAUSE_S)
                 continue
-            if not packet.is_answer:
-                if self._service in packet.asked:
-                    await self._answer(link, own_addresses())
-                continue
-            for node_id, addresses in peers_in(packet, self._service, source=host).items():
-                if node_id != self._node_id and self._may_tell():
-                    on_found(node_id, addresses)
+            if port == PORT:
+                self._take(data, host, on_found)
 
-    async def _answer(self, link: trio.socket.SocketType, addresses: tuple[str, ...]) -> None:
-        usable = [a for a in addresses if a.startswith("/ip4/") and not a.startswith("/ip4/127.")]
-        now_s = trio.current_time()
-        if usable and now_s - self._answered_at_s >= ANSWER_INTERVAL_S:
-            self._answered_at_s = now_s
-            answer = encode_answer(self._service, self._peer_name, self._node_id, usable[:ANNOUNCED_ADDRESS_COUNT_MAX])
-            await self._send(link, answer)
+    def _take(self, data: bytes, source: str, on_found: Found) -> None:
+        try:
+            packet = decode_packet(data)
+        except DecodeError as exc:
+            _logger.debug("mDNS: not a packet", source=source, error=str(exc))
+            return
+        if not packet.is_answer and self._service in packet.asked:
+            self._was_asked.set()
+        for node_id, addresses in peers_in(packet, self._service, source=source).items():
+            if node_id != self._node_id and self._may_tell(source, node_id, addresses):
+                on_found(node_id, addresses)
 
-    def _may_tell(self) -> bool:
+    async def _answer_loop(self, link: trio.socket.SocketType, own_addresses: Callable[[], tuple[str, ...]]) -> None:
+        while True:
+            await self._was_asked.wait()
+            await trio.sleep(self._rng.uniform(ANSWER_DELAY_MIN_S, ANSWER_DELAY_MAX_S))
+            self._was_asked = trio.Event()
+            usable = [a for a in own_addresses() if a.startswith("/ip4/") and not a.startswith("/ip4/127.")]
+            if usable:
+                usable = usable[:ANNOUNCED_ADDRESS_COUNT_MAX]
+                await self._send(link, encode_answer(self._service, self._peer_name, self._node_id, usable))
+            await trio.sleep(ANSWER_INTERVAL_S)
+
+    def _may_tell(self, source: str, node_id: NodeId, addresses: tuple[str, ...]) -> bool:
+        """Whether a peer is not too much for this minute; what was told in it may be told again, for it may have been lost."""
         now_s = trio.current_time()
         if now_s - self._minute_begun_s >= 60:
             self._minute_begun_s, self._found_count = now_s, 0
+            self._heard.clear()
+        heard = self._heard.get(source, {})
+        if heard.get(node_id) == addresses:
+            return True
+        if self._found_count >= FOUND_PER_MINUTE_MAX or (node_id not in heard and len(heard) >= FOUND_PER_SOURCE_MAX):
+            return False
         self._found_count += 1
-        return self._found_count <= FOUND_PER_MINUTE_MAX
+        self._heard.setdefault(source, heard)[node_id] = addresses
+        return True
 
 
 def _request(interface_index: int) -> bytes:
@@ -175,7 +202,8 @@ def _open_socket() -> trio.socket.SocketType:
         # Only from interfaces that we joined on.
         plain.setsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL, 0)
         plain.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, _TTL)
-        plain.bind(("", PORT))
+        # To the group: what somebody sends to this machine alone is not heard, wherever it comes from.
+        plain.bind((GROUP, PORT))
     except OSError:
         plain.close()
         raise

@@ -1,14 +1,15 @@
 """DNS packets of libp2p's mDNS discovery: names, pointers, texts, read strictly and nothing else. Pure.
 
 Sources: libp2p specs, discovery/mdns.md; RFC 6762; RFC 1035 section 4. A peer is announced by two records, both among the
-answers, where js-libp2p looks for them:
+answers, as js-libp2p and go-libp2p send them; they are read there and among the additional ones, where the first specification
+had them:
 
 | record | name | data |
 |---|---|---|
 | PTR | the service | the peer's own name below it, random |
 | TXT | the peer's own name | `dnsaddr=MULTIADDR/p2p/NODE_ID`, one string for each address |
 
-The service is `_p2p-<first 4 bytes of the network id>._udp.local`, as the specification wants it for private networks.
+The service is `_p2p-<first 4 bytes of the network id>._udp.local`: networks do not hear of one another's nodes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ TEXT_SIZE_MAX_BYTES = 255
 ANNOUNCED_ADDRESS_COUNT_MAX = 8
 TTL_S = 120
 _NAME_LENGTH_MAX = 255
+# A chain of them could lead through the whole packet, for each of its names: milliseconds of work for a packet.
+_POINTER_COUNT_MAX = 16
 _PTR, _TXT, _ANY = 12, 16, 255
 _IN = 1
 # The top bit of a class: "cache flush" in answers, "answer by unicast" in questions (RFC 6762 sections 5.4, 10.2).
@@ -153,9 +156,9 @@ def _read_kind(data: bytes, at: int) -> tuple[int, int, int]:
 
 
 def _read_name(data: bytes, at: int) -> tuple[str, int]:
-    """(name in lower case, where it ends). Pointers go backwards only, so that it ends."""
+    """(name in lower case, where it ends). Pointers go backwards only, so that it ends, and are few, so that it ends soon."""
     labels: list[str] = []
-    length, end, bound = 0, None, at
+    length, end, bound, pointer_count = 0, None, at, 0
     while True:
         if at >= len(data):
             raise DecodeError("mDNS: a name is cut off")
@@ -164,8 +167,9 @@ def _read_name(data: bytes, at: int) -> tuple[str, int]:
             return ".".join(labels), at + 1 if end is None else end
         if size >= 0xC0:
             target = int.from_bytes(data[at : at + 2], "big") & 0x3FFF
-            if at + 2 > len(data) or target >= bound:
-                raise DecodeError("mDNS: a name's pointer does not go back")
+            pointer_count += 1
+            if at + 2 > len(data) or target >= bound or pointer_count > _POINTER_COUNT_MAX:
+                raise DecodeError("mDNS: a name's pointers do not go back, or are too many")
             end = at + 2 if end is None else end
             at = bound = target
             continue

@@ -16,6 +16,7 @@ from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
 from formation.p2p.kad_wire import role_key
 from formation.p2p.libp2p_host import make_libp2p_transport
+from formation.p2p.libp2p_setup import parse_id
 from formation.p2p.mdns import Mdns
 from formation.p2p.service import P2pService
 from formation.pack.service import PackService
@@ -57,6 +58,7 @@ async def answer(command: dict[str, Any], p2p: P2pService, pack: PackService) ->
             return {
                 "connected": sorted(peer.node_id for peer in p2p.peers() if peer.connected),
                 "table": sorted(contact.node_id for contact in p2p.kad_contacts()),
+                "hearsay": sorted(p2p._discovery._hearsay),
             }
         case "hold":
             return (await build(pack, Path(command["context"]))).digest
@@ -65,6 +67,12 @@ async def answer(command: dict[str, Any], p2p: P2pService, pack: PackService) ->
             return "ok"
         case "who":
             return sorted(await p2p.find_providers(role_key(command["role"]), count_max=8))
+        case "reachable":
+            p2p.set_reachable(command["is"])
+            return "ok"
+        case "protocols":
+            peerstore = p2p._transport._host.get_peerstore()  # type: ignore[attr-defined]
+            return list(peerstore.get_protocols(parse_id(NodeId(command["peer"]))))
         case "ban":
             await p2p.ban(NodeId(command["peer"]))
             return "ok"

@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
+from formation.p2p.kad import kad_protocol
+from formation.p2p.mdns import ANSWER_INTERVAL_S, FOUND_PER_SOURCE_MAX
 from tests.e2e.conftest import ROOT
+from tests.e2e.line_node import NETWORK_ID
 
 pytestmark = [pytest.mark.net, pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -183,3 +186,51 @@ def test_a_lan_without_any_address(start: Callable[..., Process], lan: list[str]
         until(partial(sees_all, node, "connected"), "all are connected", 40)
         until(partial(sees_all, node, "table"), "all are in the table", 40)
     assert alone("look")["connected"] == stranger("look")["connected"] == []
+
+
+def test_a_liar_on_the_lan(start: Callable[..., Process], lan: list[str]) -> None:
+    """Floods, packets that take long to read, lies about itself and others, and what goes past the group: two nodes that
+    know nobody find one another, take few of the lies, and speak no oftener than they would."""
+    own, victims = "10.77.0.3", ["10.77.0.1", "10.77.0.2"]
+    options = json.dumps({"network": "ab" * 32, "own": own, "victims": victims})
+    attacker = subprocess.Popen(
+        ["ip", "netns", "exec", lan[2], sys.executable, "-m", "tests.e2e.mdns_liar", options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert attacker.stdout is not None
+        assert json.loads(attacker.stdout.readline()) == "ready"
+        a, b = (
+            start(n, inside=name, listen="/ip4/0.0.0.0/tcp/4700", mdns=True, network="ab" * 32)
+            for n, name in enumerate(lan[:2], 1)
+        )
+        until(lambda: b.node_id in a("look")["table"] and a.node_id in b("look")["table"], "both are found", 60)
+        said, _ = attacker.communicate(b"end", timeout=20)
+    finally:
+        attacker.kill()
+        attacker.wait()
+    heard = json.loads(said)
+    assert heard["asked_count"] > 50
+    for node in (a, b):
+        hearsay = set(node("look")["hearsay"])
+        assert not hearsay & set(heard["ghosts"]["theirs"] + heard["ghosts"]["alone"])
+        assert len(hearsay) <= FOUND_PER_SOURCE_MAX * (2 + heard["lasted_s"] / 60)
+        assert hearsay <= set(heard["ghosts"]["mine"])
+    for count in heard["answers"].values():
+        assert 1 <= count <= 2 + heard["lasted_s"] / ANSWER_INTERVAL_S
+
+
+def test_who_serves_is_told_to_those_who_are_connected(start: Callable[..., Process]) -> None:
+    """A node that learns that nobody can dial it answers no more in Kademlia, and pushes that by identify; and back again."""
+    one = start(1)
+    other = start(2, known=one.where)
+    protocol = kad_protocol(NETWORK_ID)
+    until(lambda: other.node_id in one("look")["table"], "it is in the table")
+    until(lambda: protocol in one("protocols", peer=other.node_id), "it is told at first")
+    other("reachable", **{"is": False})
+    until(lambda: protocol not in one("protocols", peer=other.node_id), "it is told that it serves no more", 20)
+    other("reachable", **{"is": True})
+    until(lambda: protocol in one("protocols", peer=other.node_id), "it is told that it serves again", 20)

@@ -64,6 +64,10 @@ async def test_a_running_node_tells_all_of_it(tmp_path: Path, jumping_clock: Clo
         assert answer.status == 200
         assert answer.headers["content-type"] == CONTENT_TYPE
         families = parse(answer.body.decode())
+        assert families["formation_kad_lookups_total"].keys() == {
+            f'formation_kad_lookups_total{{outcome="{outcome}"}}' for outcome in ("found", "ended", "timed_out")
+        }
+        assert families["formation_kad_is_server"] == {"formation_kad_is_server": 1}
         assert families["formation_vms"]['formation_vms{phase="running"}'] == 1
         labelled = {family.name for family in FAMILIES if family.labels}
         assert {family.name for family in FAMILIES} - labelled <= set(families)
@@ -73,7 +77,7 @@ async def test_a_running_node_tells_all_of_it(tmp_path: Path, jumping_clock: Clo
 
 def test_no_label_names_a_peer_an_account_or_a_machine() -> None:
     """Anybody can make any number of them."""
-    fixed = {"state", "score", "reason", "direction", "protocol", "topic", "level", "phase", "version"}
+    fixed = {"state", "score", "reason", "direction", "protocol", "topic", "level", "phase", "version", "outcome", "owner"}
     assert {label for family in FAMILIES for label in family.labels} == fixed
 
 

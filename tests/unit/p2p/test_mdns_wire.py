@@ -23,7 +23,7 @@ def test_what_is_sent_is_read() -> None:
     assert peers_in(decode_packet(encode_query(SERVICE)), SERVICE, source="192.168.1.5") == {}
 
 
-def test_the_form_that_js_libp2p_reads() -> None:
+def test_the_form_that_others_send() -> None:
     """PTR and TXT among the answers, the pointer named as the service, `dnsaddr=` with the peer's id."""
     data = encode_answer(SERVICE, "random", ONE, ADDRESSES[:1])
     assert data[:12].hex() == "000084000000000200000000"
@@ -65,6 +65,18 @@ def test_what_is_malformed(data: bytes) -> None:
     """Refused in one way."""
     with pytest.raises(DecodeError):
         decode_packet(data)
+
+
+def test_a_chain_of_pointers_is_short() -> None:
+    """Each goes back, as it must, and all together through the whole packet, for each name of many."""
+    record = bytes.fromhex("0001 0001 00000078")
+    at = 12 + 1 + len(record) + 2
+    chain = b"\0" + b"".join((0xC000 | (at + max(0, 2 * n - 1))).to_bytes(2, "big") for n in range(40))
+    first = bytes.fromhex("0000 8400 0000 0002 0000 0000") + b"\0" + record + len(chain).to_bytes(2, "big") + chain
+    near, far = ((0xC000 | place).to_bytes(2, "big") for place in (at + 3, at + len(chain) - 2))
+    assert decode_packet(first + near + record + b"\0\0").is_answer
+    with pytest.raises(DecodeError, match="pointers"):
+        decode_packet(first + far + record + b"\0\0")
 
 
 @pytest.mark.parametrize("text", ["/ip4/192.168.1.5/udp/1", "/dns4/192.168.1.5/tcp/1x", "/ip4/192.168.1.5/tcp/1"])
