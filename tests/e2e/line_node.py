@@ -14,6 +14,7 @@ import trio
 from formation.core.errors import FormationError
 from formation.core.ids import NodeId
 from formation.core.keys import KeyPair
+from formation.node.telemetry import set_up_logs
 from formation.p2p.kad_wire import role_key
 from formation.p2p.libp2p_host import make_libp2p_transport
 from formation.p2p.libp2p_setup import parse_id
@@ -91,4 +92,6 @@ def say(value: Any) -> None:
 
 
 if __name__ == "__main__":
+    # Standard output is for answers: nobody reads it meanwhile, and a node whose logs fill it stands still.
+    set_up_logs(level="info", form="console", stream=sys.stderr)
     trio.run(run, json.loads(sys.argv[1]))

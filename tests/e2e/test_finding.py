@@ -49,15 +49,9 @@ class Process:
 
     def _read(self) -> Any:
         assert self._process.stdout is not None
-        while True:
-            line = self._process.stdout.readline()
-            assert line, "the node ended: see its log"
-            # Its log lines come this way, too.
-            if line[:1] in b'{["':
-                try:
-                    return json.loads(line)
-                except ValueError:
-                    continue
+        line = self._process.stdout.readline()
+        assert line, "the node ended: see its log"
+        return json.loads(line)
 
     def __call__(self, do: str, **options: Any) -> Any:
         assert self._process.stdin is not None

@@ -18,7 +18,7 @@ def answer(node_id: NodeId, source: str, port: int = 1) -> bytes:
 
 
 async def test_one_address_cannot_use_up_what_is_taken(autojump_clock: MockClock) -> None:
-    """Of any number of invented peers a few are told of; another's is, too, as often as it is heard; in the next minute anew."""
+    """Of any number of invented peers a few are told of; another is, as often as heard; later anew."""
     mdns = Mdns(network_id=bytes(32), node_id=IDS[0], rng=random.Random(1))
     found: list[NodeId] = []
 
