@@ -98,8 +98,8 @@ SERVED_COUNT_MAX = 128
 # For a question, all of it, and for reading its answer: who dribbles holds a place for no longer.
 IDLE_TIMEOUT_S = 15.0
 QUESTIONS_PER_STREAM_MAX = 256
-# Of one peer, on all its streams; an answer costs a millisecond. A walk asks each peer once, a hundred images that are said
-# again in one go are the most that an honest peer wants. Who asks more is answered later.
+# Of one peer, on all its streams; an answer costs some tenths of a millisecond. A walk asks each peer once; who says a
+# thousand images again asks six questions at a time. Who asks more is answered later.
 QUESTION_INTERVAL_S = 0.02
 QUESTION_BURST_COUNT = 100
 # Told in one answer, and heard of one.
