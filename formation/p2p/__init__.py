@@ -7,7 +7,8 @@
 | `libp2p_host` and the other `libp2p_*` | its adapter: the only files that import libp2p; `libp2p_patches` mends it |
 | `frames`, `calls`, `router`, `backoff` | pure machines: framing, the request protocol, who is where, when to try again |
 | `discovery`, `presence` | dials known peers, looks lost ones up; waits for peers to come and go |
-| `kad`, `kad_wire`, `kad_table`, `kad_lookup`, `kad_records`, `kad_scope` | Kademlia: shell, messages, buckets, walks, records, who may tell of where |
+| `kad`, `kad_wire`, `kad_table`, `kad_lookup` | Kademlia: its shell, messages, buckets, walks |
+| `kad_records`, `kad_scope` | Kademlia: provider records; who may tell of which addresses |
 | `mdns`, `mdns_wire` | peers on the LAN: the shell with its socket; packets (pure) |
 | `link` | long-lived direct streams between voters |
 | `requests`, `serving`, `slots` | one question and one answer; how handlers of streams are run; how many at a time |
