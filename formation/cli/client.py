@@ -106,6 +106,12 @@ class Client:
             raise self._nonsense("the answer to an intent names no object")
         return answer
 
+    def ask_placement(self, raw: bytes) -> Any:
+        """Where the VM of a signed intent (COSE bytes) would go; nothing is asked for."""
+        headers = {"Content-Type": "application/cose"}
+        with self._request("POST", "/v1/placement", body=raw, headers=headers, timeout_s=INTENT_TIMEOUT_S) as response:
+            return self._json(response)
+
     def post_json(self, path: str, value: Any) -> Any:
         """The JSON answer to a POST of JSON; the node may take its time until what was asked for is final.
 

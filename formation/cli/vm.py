@@ -13,7 +13,7 @@ from formation.cli.completion import complete_vms
 from formation.cli.context import Cli
 from formation.cli.vm_columns import VM_COLUMNS, VM_FIELDS
 from formation.cli.vm_create import EXAMPLES as CREATE_EXAMPLES
-from formation.cli.vm_create import create_vm
+from formation.cli.vm_create import create_vm, print_placement
 from formation.core.errors import EXIT_PENDING, UsageError
 from formation.core.units import parse_duration_s
 
@@ -61,6 +61,12 @@ def list_vms(
 def show_vm(cli: Cli, vm: Name) -> None:
     """Show one VM in full."""
     cli.out.record(find_vm(cli, vm), VM_FIELDS, name="vm_id")
+
+
+@command(group, "why", examples=("formation vm why web",))
+def explain_vm(cli: Cli, vm: Name) -> None:
+    """Show why a VM is where it is, where it would go now, and what each node is for it."""
+    print_placement(cli, cli.client.get(f"/v1/vms/{find_vm(cli, vm)['vm_id']}/why"))
 
 
 @command(group, "start", examples=("formation vm start web", "formation vm start web db --timeout 2m"))

@@ -14,7 +14,7 @@ import typer
 from formation.cli.completion import complete_images
 from formation.cli.context import Cli
 from formation.cli.output import Column
-from formation.core.errors import EXIT_PENDING, NotFoundError, UsageError
+from formation.core.errors import EXIT_PENDING, ConflictError, NotFoundError, UsageError
 from formation.core.units import GIB, MIB, format_duration, format_size, parse_duration_s, parse_size_bytes
 
 if TYPE_CHECKING:
@@ -27,10 +27,17 @@ TIMEOUT_DEFAULT = "5m"
 _SUFFIX_LENGTH = 4
 _HTTP_PORTS = (80, 3000, 5000, 8000, 8080)
 
+PLACEMENT_COLUMNS = (
+    Column("NODE", lambda row: str(row.get("name", ""))),
+    Column("FITS", lambda row: "yes" if row.get("fits") else "no", style=lambda row: "green" if row.get("fits") else "red"),
+    Column("WHY", lambda row: str(row.get("why", ""))),
+)
+
 EXAMPLES = (
     "formation create hello                                a VM with a name of its own",
     "formation create hello web --cpus 2 --memory 1GiB     named web, of this size",
     "formation create hello web --publish 8080:80          the guest's port 80 at the node's port 8080",
+    "formation create hello --require region=eu --dry-run  where it would go, and what each node lacks",
     "formation create hello --failover 30s                 if its node is lost, another starts it after 30 s",
     "formation create hello --env GREETING=hi --detach -q  do not wait; print the id only",
 )
@@ -68,6 +75,17 @@ def create_vm(
             help="Start it again when it ends by itself: always; on-failure: unless its guest powered off; never.",
         ),
     ] = "on-failure",
+    require: Annotated[
+        list[str] | None,
+        typer.Option("--require", metavar="NAME=VALUE", help="A label that its node must have: region=eu, node=n1."),
+    ] = None,
+    apart: Annotated[
+        str, typer.Option("--apart", metavar="GROUP", help="Never on a node where another of your VMs of this group is.")
+    ] = "",
+    spread: Annotated[
+        str, typer.Option("--spread", metavar="GROUP", help="Where the fewest of your VMs of this group are.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say where it would go and why; ask for nothing.")] = False,
     no_start: Annotated[bool, typer.Option("--no-start", help="Make it, but do not start it.")] = False,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", "--detach", help="Return when the network has accepted it (exit 8).")
@@ -84,8 +102,11 @@ def create_vm(
     timeout_s = parse_duration_s(timeout, what="--timeout")
     environment = (env or [], env_file or [])
     wanted = _Wanted(name, cpus, memory, disk, publish or [], no_publish, *environment, failover, restart, no_start)
+    wanted.place(require or [], apart=apart, spread=spread)
     request = wanted.request(_image(cli, image))
     made = make_wish(cli, request)
+    if dry_run:
+        return print_placement(cli, cli.client.ask_placement(made.wish.signed.raw))
     watch = Watch(
         goal=Goal.RUNNING,
         vm_id=made.object_id,
@@ -151,6 +172,24 @@ class _Wanted:
             raise UsageError(f"--restart: {restart[:40]!r} is none of them", hint=f"give {', '.join(Restart)}")
         self._restart = Restart(restart)
         self._no_start = no_start
+        self._require: dict[str, str] = {}
+        self._apart = self._spread = ""
+
+    def place(self, require: Sequence[str], *, apart: str, spread: str) -> None:
+        """Where it may go.
+
+        Raises:
+          UsageError: names the flag.
+        """
+        from formation.core.ids import check_label
+        from formation.core.spec import check_labels
+
+        for text in require:
+            if "=" not in text:
+                raise UsageError(f"--require: {text[:80]!r} is not a label", hint="write NAME=VALUE, such as region=eu")
+        self._require = check_labels(dict(text.split("=", 1) for text in require), what="--require")
+        self._apart = check_label(apart, what="--apart") if apart else ""
+        self._spread = check_label(spread, what="--spread") if spread else ""
 
     def request(self, image: Mapping[str, Any]) -> VmRequested:
         """The event that asks for this VM.
@@ -174,6 +213,9 @@ class _Wanted:
             "env": self._env,
             "failover_s": self._failover_s,
             "restart": self._restart,
+            "require": self._require,
+            "apart": self._apart,
+            "spread": self._spread,
             "desired": Desired.STOPPED if self._no_start else Desired.RUNNING,
         }
         check_vm_spec(VmSpec(**fields))
@@ -185,6 +227,21 @@ class _Wanted:
         if self._publish or self._no_publish:
             return tuple(self._publish)
         return tuple(PortMap(int(port), "tcp", 0) for port, transport in image.get("expose") or () if transport == "tcp")
+
+
+def print_placement(cli: Cli, found: Any) -> int:
+    """Where a VM goes, and what each node is for it; 6 where none would take it."""
+    if not cli.out.is_for_people:
+        cli.out.record(found, (), name="next_node")
+        return 0 if found["next_node"] else ConflictError.exit_status
+    for title, text in (("Where it is", found.get("node")), ("Why", found.get("why")), ("Waits", found.get("reason"))):
+        if text:
+            cli.out.line(f"{title}: {text}")
+    where = f"to {found['next_node']}" if found["next_node"] else "nowhere"
+    cli.out.line(f"{'Now it' if found.get('node') else 'It'} would go {where}: {found['next_why']}")
+    cli.out.line("")
+    cli.out.rows(found["nodes"], PLACEMENT_COLUMNS, name="node_id", empty="No live node.")
+    return 0 if found["next_node"] else ConflictError.exit_status
 
 
 def random_name(image_name: str) -> str:

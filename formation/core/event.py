@@ -171,6 +171,7 @@ class NodeAdvertised(Event, frozen=True, kw_only=True):
     capacity: Resources
     hypervisor: str
     version: str
+    labels: dict[str, str] = {}
 
 
 class AccountRegistered(Event, frozen=True, kw_only=True):
@@ -225,6 +226,9 @@ class VmRequested(Event, frozen=True, kw_only=True):
     env: dict[str, str] = {}
     failover_s: int = FAILOVER_S_DEFAULT
     restart: Restart = Restart.ON_FAILURE
+    require: dict[str, str] = {}
+    apart: str = ""
+    spread: str = ""
     desired: Desired = Desired.RUNNING
     generation: int = 0
 

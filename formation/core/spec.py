@@ -6,6 +6,8 @@ share a field.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -23,12 +25,17 @@ FAILOVER_S_MIN = 15
 FAILOVER_S_MAX = 86_400
 # Longer than a node's restart, upgrade or reboot takes, so that those move nothing.
 FAILOVER_S_DEFAULT = 300
+# What a node says of itself, and what a VM asks of one: a few words each, in every node's memory.
+LABEL_COUNT_MAX = 32
+LABEL_VALUE_LENGTH_MAX = 63
 # Environment of one service: enough for any 12-factor program, small enough for a record that every node keeps.
 ENV_COUNT_MAX = 128
 ENV_SIZE_MAX_BYTES = 16 * 1024
 PUBLISH_COUNT_MAX = 64
 
 PORT_MAX = 65_535
+
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9._/-]+")
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=PORT_MAX)]
 Transport = Literal["tcp", "udp"]
@@ -101,6 +108,12 @@ class VmSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     failover_s: int = FAILOVER_S_DEFAULT
     """How long after its node was lost another one starts it, with a new disk; 0: never, it waits for its node."""
     restart: Restart = Restart.ON_FAILURE
+    require: dict[str, str] = {}
+    """Labels that its node must have, with these very values."""
+    apart: str = ""
+    """Name of a group of the owner's VMs of which no two run on one node; empty: none."""
+    spread: str = ""
+    """Name of a group of the owner's VMs that go where the fewest of it are; empty: none."""
     desired: Desired = Desired.RUNNING
     generation: int = 0
     """Raised by each start and stop, so that `start` after a failure is a new wish."""
@@ -184,6 +197,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     hypervisor: str
     """`qemu/kvm`, `qemu/tcg`; empty: runs no VMs."""
     version: str
+    labels: dict[str, str] = {}
+    """What its operator says of it, and `arch`; see `allocator` for those that are known by themselves."""
 
 
 class ImageRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -219,6 +234,10 @@ def check_vm_spec(spec: VmSpec) -> VmSpec:
     check_label(spec.name, what="name")
     check_digest(spec.image)
     _check_ranges(spec)
+    check_labels(spec.require, what="require")
+    for field, group in (("apart", spec.apart), ("spread", spec.spread)):
+        if group:
+            check_label(group, what=field)
     if len(spec.env) > ENV_COUNT_MAX or sum(_size_bytes(k) + _size_bytes(v) for k, v in spec.env.items()) > ENV_SIZE_MAX_BYTES:
         raise UsageError(
             f"env: more than {ENV_COUNT_MAX} variables or {ENV_SIZE_MAX_BYTES} bytes",
@@ -236,6 +255,23 @@ def check_vm_spec(spec: VmSpec) -> VmSpec:
     if len(set(hosts)) != len(hosts):
         raise UsageError("publish: the same host port twice", hint="publish each host port once")
     return spec
+
+
+def check_labels(labels: Mapping[str, str], *, what: str) -> dict[str, str]:
+    """Labels of a node or those that a VM asks for, if they are well-formed.
+
+    Raises:
+      UsageError: names `what` and the label.
+    """
+    if len(labels) > LABEL_COUNT_MAX:
+        raise UsageError(f"{what}: {len(labels)} labels", hint=f"give {LABEL_COUNT_MAX} at most")
+    for key, value in labels.items():
+        check_label(key, what=f"{what}: the label's name")
+        if not value or len(value) > LABEL_VALUE_LENGTH_MAX or not _LABEL_VALUE.fullmatch(value):
+            raise UsageError(
+                f"{what}: {key}={value[:80]!r} is not a label", hint=f"1 to {LABEL_VALUE_LENGTH_MAX} of a-z, A-Z, 0-9 and ._/-"
+            )
+    return dict(labels)
 
 
 def _check_ranges(spec: VmSpec) -> None:

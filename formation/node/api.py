@@ -44,6 +44,7 @@ from formation.node.forward import ApiRequest, Begin, Forward
 from formation.node.forward import Send as ForwardSend
 from formation.node.metrics import metrics_text
 from formation.node.peer_api import PeerApi
+from formation.node.placement_api import PlacementApi
 from formation.node.problem import HTTP_STATUS, error_json
 from formation.node.reads import Reads
 from formation.node.state_api import REQUEST_SIZE_MAX_BYTES, Ask, Download, StateApi, StateRoute
@@ -106,6 +107,7 @@ def make_api(parts: ApiParts) -> Application:
             Route("/v1/intents", api.post_intent, methods=["POST"]),
             Route("/v1/events", api.get_events),
             *map(_state_route, StateApi(parts.reads).routes()),
+            *map(_state_route, PlacementApi(parts.reads).routes()),
             *map(_state_route, PeerApi(parts.reads).routes()),
             *map(_state_route, CellApi(parts.reads, parts.cells, parts.door).routes()),
         ],

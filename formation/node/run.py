@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import gc
 import os
+import platform
 import re
 import secrets
 import signal
@@ -114,6 +115,7 @@ async def _advertise(node: Node, addresses: tuple[str, ...]) -> None:
         capacity=node.capacity,
         hypervisor=node.vmm.hypervisor_name,
         version=__version__,
+        labels={"arch": platform.machine(), **settings.labels},
     )
     known = node.state.view.node(node.key.node_id)
     if known is None or any(getattr(known, field) != getattr(event, field) for field in event.__struct_fields__):

@@ -6,14 +6,14 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from formation.core.config import Value, check_socket_path
 from formation.core.errors import HostError, UsageError
 from formation.core.ids import AccountId, NodeId, check_label, public_key_of_account, public_key_of_node
-from formation.core.spec import Resources
+from formation.core.spec import Resources, check_labels
 from formation.core.units import GIB, MIB
 from formation.p2p.kad import KadMode
 
@@ -46,6 +46,7 @@ class NodeSettings:
     kademlia: KadMode
     mdns: bool
     roles: tuple[str, ...]
+    labels: Mapping[str, str] = field(default_factory=dict)
     public_address: str
     api_socket: Path
     api_tcp: str
@@ -89,6 +90,7 @@ def node_settings(merged: Mapping[str, Value]) -> NodeSettings:
         kademlia=_kad_mode(value("kademlia")),
         mdns=value("mdns") == "on",
         roles=_roles(value("roles")),
+        labels=_labels(value("labels")),
         public_address=str(value("public_address")),
         api_socket=check_socket_path(_absolute(value("api_socket"))),
         api_tcp=api_tcp,
@@ -128,6 +130,14 @@ def _security(value: object) -> Literal["noise", "tls", "both"]:
 def _kad_mode(value: object) -> KadMode:
     # One of its choices, as the configuration has checked.
     return "server" if value == "server" else "client" if value == "client" else "auto"
+
+
+def _labels(value: object) -> dict[str, str]:
+    assert isinstance(value, list)
+    for text in value:
+        if "=" not in text:
+            raise UsageError(f"node.labels: {text[:80]!r} is not a label", hint="write NAME=VALUE, such as region=eu")
+    return check_labels(dict(text.split("=", 1) for text in value), what="node.labels")
 
 
 def _roles(value: object) -> tuple[str, ...]:

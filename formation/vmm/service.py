@@ -9,6 +9,7 @@ anything else.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,12 @@ import trio
 from formation.core.clock import NS_PER_MS, Clock
 from formation.core.errors import ConflictError, FormationError, HostError
 from formation.core.ids import Digest, NodeId
-from formation.core.spec import Desired, NodeRecord, Resources, VmPhase, VmRecord
+from formation.core.spec import Desired, NodeRecord, Resources, VmPhase, VmRecord, VmSpec
 from formation.core.units import format_duration
 from formation.net.service import NetService
 from formation.p2p.transport import TaskStatus
 from formation.state.feed import Level
-from formation.vmm.allocator import NOTHING, add, free_of, place, promises_of, weight
+from formation.vmm.allocator import NOTHING, Decision, Verdict, Wants, add, free_of, place, promises_of, verdicts, weight
 from formation.vmm.console import ConsoleStream
 from formation.vmm.hypervisor import BootedVm, Hypervisor
 from formation.vmm.leases import LAPSED_REASON, Leases
@@ -186,7 +187,7 @@ class VmmService:
         memory = self._reconciler.memories.get(vm_id)
         if memory is not None and memory.claim_needs is not None:
             return "this node claimed it; waiting for a quorum to order that"
-        decision = place(vm_id, record.spec.resources, nodes=self._live_nodes(), promises=self._promises(but=vm_id))
+        decision = self._decide(record)
         if decision.node_id is None:
             return decision.why
         chosen = self._state.view.node(decision.node_id)
@@ -270,9 +271,44 @@ class VmmService:
         """Why this node should claim the VM; None if it should not."""
         if not self.hypervisor_name:
             return None
-        needs = record.spec.resources
-        decision = place(record.vm_id, needs, nodes=self._live_nodes(), promises=self._promises(but=record.vm_id))
+        decision = self._decide(record)
         return decision.why if decision.node_id == self._node_id else None
+
+    def _decide(self, record: VmRecord) -> Decision:
+        return place(
+            record.vm_id,
+            record.spec.resources,
+            nodes=self._live_nodes(),
+            promises=self._promises(but=record.vm_id),
+            wants=self._wants(record.vm_id, record.owner, record.spec),
+        )
+
+    def _wants(self, vm_id: str, owner: str, spec: VmSpec) -> Wants:
+        """What a VM asks of its node besides room, as the others of its owner stand: by the view, and our claims under way."""
+        apart: set[str] = set()
+        spread: Counter[str] = Counter()
+        for vm in self._state.view.vms() if spec.apart or spec.spread else ():
+            if vm.vm_id == vm_id or vm.owner != owner:
+                continue
+            memory = self._reconciler.memories.get(vm.vm_id)
+            is_claimed = memory is not None and memory.claim_needs is not None
+            node_id = self._node_id if is_claimed else vm.placement.node_id if vm.placement is not None else None
+            if node_id is not None and spec.apart and vm.spec.apart == spec.apart:
+                apart.add(node_id)
+            if node_id is not None and spec.spread and vm.spec.spread == spec.spread:
+                spread[node_id] += 1
+        return Wants(require=spec.require, apart=spec.apart, apart_from=frozenset(apart), spread_counts=spread)
+
+    def explain(self, vm_id: str, owner: str, spec: VmSpec) -> tuple[Decision, tuple[Verdict, ...]]:
+        """Where a VM would go now, and what each live node is for it; it need not exist."""
+        nodes, promises, wants = self._live_nodes(), self._promises(but=vm_id), self._wants(vm_id, owner, spec)
+        record = self._state.view.vm(vm_id)
+        if record is not None and record.placement is not None:
+            # What it has itself does not stand in its way.
+            held = promises.get(record.placement.node_id, NOTHING)
+            promises[record.placement.node_id] = free_of(held, record.spec.resources)
+        decision = place(vm_id, spec.resources, nodes=nodes, promises=promises, wants=wants)
+        return decision, verdicts(spec.resources, nodes=nodes, promises=promises, wants=wants)
 
     def _is_lost(self, record: VmRecord) -> bool:
         """Whether another node may start a VM: its lease is over, its node gone, and its owner does not want to wait for it."""

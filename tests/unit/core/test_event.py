@@ -80,6 +80,9 @@ def test_fields_are_plain_values() -> None:
         "env": {"A": "b"},
         "failover_s": 300,
         "restart": "on-failure",
+        "require": {},
+        "apart": "",
+        "spread": "",
         "desired": "running",
         "generation": 0,
     }
