@@ -18,6 +18,7 @@ from formation.cli.command import HELP_NAMES, command
 from formation.cli.completion import EXAMPLES as COMPLETION_EXAMPLES
 from formation.cli.completion import print_completion
 from formation.cli.context import Cli
+from formation.cli.cordon import CORDON_EXAMPLES, DRAIN_EXAMPLES, UNCORDON_EXAMPLES, cordon_node, drain_node, uncordon_node
 from formation.cli.events import EXAMPLES as EVENTS_EXAMPLES
 from formation.cli.events import show_events
 from formation.cli.init import EXAMPLES as INIT_EXAMPLES
@@ -81,6 +82,9 @@ def _add_commands(app: typer.Typer) -> None:
     command(app, "status", examples=STATUS_EXAMPLES, forwarded=True)(show_status)
     command(app, "events", examples=EVENTS_EXAMPLES)(show_events)
     command(app, "top", examples=("formation top     q leaves, ? shows the keys",), output=False)(_top)
+    command(app, "cordon", examples=CORDON_EXAMPLES, output=False)(cordon_node)
+    command(app, "uncordon", examples=UNCORDON_EXAMPLES, output=False)(uncordon_node)
+    command(app, "drain", examples=DRAIN_EXAMPLES, output=False)(drain_node)
     app.add_typer(vm.group, name="vm")
     app.add_typer(image.group, name="image")
     app.add_typer(key.group, name="key")

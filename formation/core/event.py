@@ -35,7 +35,7 @@ import msgspec
 from formation.core.codec import decode, encode
 from formation.core.errors import DecodeError
 from formation.core.grants import Role
-from formation.core.spec import FAILOVER_S_DEFAULT, Desired, PortMap, Resources, Restart, VmPhase
+from formation.core.spec import FAILOVER_S_DEFAULT, Cordon, Desired, PortMap, Resources, Restart, VmPhase
 
 # An operation body; a record field that needs more belongs into a blob (design/state section 2).
 BODY_SIZE_MAX_BYTES = 64 * 1024
@@ -171,6 +171,7 @@ class NodeAdvertised(Event, frozen=True, kw_only=True):
     capacity: Resources
     hypervisor: str
     version: str
+    cordon: Cordon = Cordon.OPEN
     labels: dict[str, str] = {}
 
 

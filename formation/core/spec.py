@@ -74,6 +74,16 @@ class Restart(StrEnum):
     NEVER = "never"
 
 
+class Cordon(StrEnum):
+    """Whether a node takes VMs, as its operator wants it."""
+
+    OPEN = "open"
+    CORDONED = "cordoned"
+    """It takes no more; what is there stays."""
+    DRAINING = "draining"
+    """It takes no more, and those that may move go elsewhere, one node's place found before each leaves."""
+
+
 class PortMap(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """A guest port published on the node's own address; array of three."""
 
@@ -197,6 +207,7 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     hypervisor: str
     """`qemu/kvm`, `qemu/tcg`; empty: runs no VMs."""
     version: str
+    cordon: Cordon = Cordon.OPEN
     labels: dict[str, str] = {}
     """What its operator says of it, and `arch`; see `allocator` for those that are known by themselves."""
 

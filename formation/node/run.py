@@ -115,6 +115,7 @@ async def _advertise(node: Node, addresses: tuple[str, ...]) -> None:
         capacity=node.capacity,
         hypervisor=node.vmm.hypervisor_name,
         version=__version__,
+        cordon=node.vmm.cordon,
         labels={"arch": platform.machine(), **settings.labels},
     )
     known = node.state.view.node(node.key.node_id)

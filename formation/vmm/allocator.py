@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from formation.core.spec import NodeRecord, Resources, VmRecord
+from formation.core.spec import Cordon, NodeRecord, Resources, VmRecord
 from formation.core.units import MIB, format_size
 
 NOTHING = Resources(vcpus=0, memory_mib=0, disk_gib=0)
@@ -80,9 +80,12 @@ def place(
     hosts = sorted((node for node in nodes if node.hypervisor), key=lambda node: node.node_id)
     if not hosts:
         return Decision(node_id=None, why="no live node runs VMs")
-    suiting = [node for node in hosts if not _lacks_label(node, wants)]
+    open_ = [node for node in hosts if node.cordon is Cordon.OPEN]
+    if not open_:
+        return Decision(node_id=None, why="each live node that runs VMs is cordoned")
+    suiting = [node for node in open_ if not _lacks_label(node, wants)]
     if not suiting:
-        return Decision(node_id=None, why=_no_label(hosts, wants))
+        return Decision(node_id=None, why=_no_label(open_, wants))
     free_of_group = [node for node in suiting if node.node_id not in wants.apart_from]
     if not free_of_group:
         return Decision(node_id=None, why=f"each node that suits has a VM of group {wants.apart} already")
@@ -108,6 +111,8 @@ def verdicts(
         free = free_of(node.capacity, promises.get(node.node_id, NOTHING))
         if not node.hypervisor:
             why = "runs no VMs"
+        elif node.cordon is not Cordon.OPEN:
+            why = f"is {node.cordon}"
         elif lacking := _lacks_label(node, wants):
             why = lacking
         elif node.node_id in wants.apart_from:

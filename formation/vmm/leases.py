@@ -24,7 +24,7 @@ import trio
 
 from formation.core.clock import NS_PER_MS, Clock
 from formation.core.errors import ConflictError, FormationError, QuorumError
-from formation.core.event import ClaimRenewed, VmClaimed
+from formation.core.event import ClaimReleased, ClaimRenewed, VmClaimed
 from formation.core.ids import NodeId
 from formation.core.spec import Placement, VmRecord, VmSpec
 from formation.state.feed import Level
@@ -150,6 +150,24 @@ class Leases:
             # The next renewal may be for leases that last longer.
             self._renew_wanted.set()
         return self._count(vm_id, sent)
+
+    async def release(self, vm_id: str) -> None:
+        """Let go of a VM's placement; call it when nothing of it runs here any more. Where this node does not hold it, nothing.
+
+        Raises:
+          QuorumError: not ordered in time. It may still be.
+          FormationError: the state did not take it.
+        """
+        try:
+            with trio.fail_after(CLAIM_DEADLINE_S):
+                await self._state.append_event(ClaimReleased(), f"{SPACE}/{vm_id}", level=Level.FINAL)
+        except ConflictError as exc:
+            log.info("vm.not_released", vm_id=vm_id, reason=exc.message)
+        except trio.TooSlowError as exc:
+            raise QuorumError(
+                f"the release was not ordered within {CLAIM_DEADLINE_S:.0f} s", hint="is there a quorum? formation status"
+            ) from exc
+        self._deadlines.pop(vm_id, None)
 
     def is_unanswered(self, vm_id: str) -> bool:
         """Whether a claim of this node was sent whose outcome it does not know."""

@@ -27,6 +27,10 @@ class Goal(StrEnum):
     """Nobody holds it, and this node is not the one to claim it."""
     CLAIM = "claim"
     """Nobody holds it, and this node is the one to claim it."""
+    LEAVING = "leaving"
+    """This node holds it and is drained, and there is another one for it."""
+    LEFT = "left"
+    """This node let go of it so, and nobody holds it yet."""
     LAPSED = "lapsed"
     """This node was its last holder, and the lease is over or may be: it must not run until it is held anew."""
 
@@ -48,6 +52,8 @@ class Step(StrEnum):
     STOP = "stop"
     KILL = "kill"
     """Stop without asking the guest: its data is to be dropped, or it must not run here any more."""
+    RELEASE = "release"
+    """Let go of the placement, so that another node may take it at once."""
     SAY_LAPSED = "say_lapsed"
     """Say why it does not run."""
     SAY_STOPPED = "say_stopped"
@@ -95,7 +101,7 @@ def plan(goal: Goal, observed: Observed) -> tuple[Step, ...]:
     while (step := next_step(goal, observed)) is not None:
         assert len(steps) < STEP_COUNT_MAX, steps
         steps.append(step)
-        if step in (Step.WAIT, Step.CLAIM):
+        if step in (Step.WAIT, Step.CLAIM, Step.RELEASE):
             break  # What comes of these is not ours to foretell.
         observed = apply_step(observed, step)
     return tuple(steps)
@@ -108,6 +114,10 @@ def next_step(goal: Goal, seen: Observed) -> Step | None:
             return Step.CLAIM
         case Goal.LAPSED:
             return _suspend(seen)
+        case Goal.LEAVING:
+            return Step.STOP if seen.has_process else Step.RELEASE
+        case Goal.LEFT:
+            return Step.KILL if seen.has_process else None
         case Goal.UNPLACED | Goal.ELSEWHERE:
             return _clear(seen)
         case Goal.GONE:
@@ -195,5 +205,5 @@ def apply_step(observed: Observed, step: Step) -> Observed:
             return replace(observed, is_gone_said=True)
         case Step.FORGET:
             return Observed(has_image=observed.has_image)
-        case Step.WAIT | Step.CLAIM:
+        case Step.WAIT | Step.CLAIM | Step.RELEASE:
             return observed

@@ -68,6 +68,7 @@ class Reconciler:
     Args:
       leases: until when this node may run what it holds.
       choose: why this node is the one to claim a VM that nobody holds; None: it is not.
+      is_leaving: whether this node is drained and another one could take a VM.
       is_lost: whether a VM's holder has lost it: its lease is over, the node is gone, and the owner does not want to wait.
       on_booted: called with each process that was started, to be watched.
       wake_at: asks for another look at a VM at a time of trio's clock.
@@ -85,6 +86,7 @@ class Reconciler:
         leases: Leases,
         clock: Clock,
         choose: Callable[[VmRecord], str | None],
+        is_leaving: Callable[[VmRecord], bool],
         is_lost: Callable[[VmRecord], bool],
         on_booted: Callable[[str, BootedVm], None],
         wake_at: Callable[[str, float], None],
@@ -98,6 +100,7 @@ class Reconciler:
         self._leases = leases
         self._clock = clock
         self._choose = choose
+        self._is_leaving = is_leaving
         self._is_lost = is_lost
         self._on_booted = on_booted
         self._wake_at = wake_at
@@ -123,7 +126,10 @@ class Reconciler:
             # What is here of it from an earlier time goes first, and never becomes the new one.
             is_ours_next = not self.is_held(vm_id) and self._is_lost(record) and self._choose(record) is not None
             return Goal.CLAIM if is_ours_next else Goal.ELSEWHERE
-        if not self._leases.may_run(vm_id, record.placement):
+        may_run = self._leases.may_run(vm_id, record.placement)
+        if self._is_leaving(record):
+            return Goal.LEAVING if may_run else Goal.LEFT
+        if not may_run:
             return Goal.LAPSED
         return Goal.RUNNING if record.spec.desired is Desired.RUNNING else Goal.STOPPED
 
@@ -255,6 +261,8 @@ class Reconciler:
                 await self._fail(record)
             case Step.STOP:
                 await self._stop(record)
+            case Step.RELEASE:
+                await self._leases.release(vm_id)
             case Step.SAY_LAPSED:
                 await self._say_lapsed(record)
             case Step.SAY_STOPPED:

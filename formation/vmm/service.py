@@ -22,13 +22,14 @@ import trio
 from formation.core.clock import NS_PER_MS, Clock
 from formation.core.errors import ConflictError, FormationError, HostError
 from formation.core.ids import Digest, NodeId
-from formation.core.spec import Desired, NodeRecord, Resources, VmPhase, VmRecord, VmSpec
+from formation.core.spec import Cordon, Desired, NodeRecord, Resources, VmPhase, VmRecord, VmSpec
 from formation.core.units import format_duration
 from formation.net.service import NetService
 from formation.p2p.transport import TaskStatus
 from formation.state.feed import Level
 from formation.vmm.allocator import NOTHING, Decision, Verdict, Wants, add, free_of, place, promises_of, verdicts, weight
 from formation.vmm.console import ConsoleStream
+from formation.vmm.files import write_durably
 from formation.vmm.hypervisor import BootedVm, Hypervisor
 from formation.vmm.leases import LAPSED_REASON, Leases
 from formation.vmm.ledger import Ledger
@@ -57,7 +58,21 @@ ADOPTED_READY_DEADLINE_S_MIN = 20.0
 # Console lines shown with the reason when a guest never became ready.
 LAST_WORDS_LINES = 3
 
+_CORDON_FILE = "cordon"
+# Of the present generation: it is as it shall be until its owner wishes anew.
+_RESTING = (VmPhase.STOPPED, VmPhase.FAILED)
+
 _LOST_REASON = "its hypervisor process was gone when this node came back"
+
+
+def _read_cordon(path: Path) -> Cordon:
+    try:
+        return Cordon(path.read_text())
+    except FileNotFoundError:
+        return Cordon.OPEN
+    except (OSError, ValueError) as exc:
+        log.error("vmm.cordon_unreadable", path=path.name, error=str(exc))
+        return Cordon.OPEN
 
 
 class VmmService:
@@ -93,6 +108,8 @@ class VmmService:
         self._clock = clock
         self._rng = rng
         self._ledger = Ledger(data_dir)
+        self._cordon_path = data_dir / _CORDON_FILE
+        self._cordon = _read_cordon(self._cordon_path)
         self._dirty: set[str] = set()
         self._working: set[str] = set()
         self._nursery: trio.Nursery | None = None
@@ -113,6 +130,7 @@ class VmmService:
             leases=self._leases,
             clock=clock,
             choose=self._choose,
+            is_leaving=self._is_leaving,
             is_lost=self._is_lost,
             on_booted=self._watch_soon,
             wake_at=self._wake_at,
@@ -151,6 +169,22 @@ class VmmService:
         """What this node offers to VMs."""
         return self._capacity
 
+    @property
+    def cordon(self) -> Cordon:
+        """Whether this node takes VMs."""
+        return self._cordon
+
+    async def set_cordon(self, cordon: Cordon) -> None:
+        """Take VMs from now on or no more, also after a restart; telling the network so is the caller's.
+
+        Raises:
+          HostError: it cannot be written down; nothing has changed.
+        """
+        await trio.to_thread.run_sync(write_durably, self._cordon_path, cordon.encode())
+        self._cordon = cordon
+        log.info("node.cordon", cordon=cordon)
+        await self._sweep()
+
     def host_report(self) -> dict[str, Any]:
         """This host for people: hypervisor, accelerator and why, capacity and what is free of it."""
         can = self._hypervisor.capabilities
@@ -161,6 +195,7 @@ class VmmService:
             "accelerator": can.accelerator,
             "why": can.why,
             "hint": can.hint,
+            "cordon": self._cordon,
             "capacity": msgspec.to_builtins(self._capacity),
             "free": msgspec.to_builtins(free),
         }
@@ -310,14 +345,26 @@ class VmmService:
         decision = place(vm_id, spec.resources, nodes=nodes, promises=promises, wants=wants)
         return decision, verdicts(spec.resources, nodes=nodes, promises=promises, wants=wants)
 
+    def _is_leaving(self, record: VmRecord) -> bool:
+        """Whether a VM that this node holds shall go: it is drained, the owner lets it move, and there is a place for it."""
+        if self._cordon is not Cordon.DRAINING or not record.spec.failover_s or record.spec.desired is not Desired.RUNNING:
+            return False
+        if record.status.generation == record.spec.generation and record.status.phase in _RESTING:
+            return False
+        return self._decide(record).node_id is not None
+
     def _is_lost(self, record: VmRecord) -> bool:
         """Whether another node may start a VM: its lease is over, its node gone, and its owner does not want to wait for it."""
         placement, spec = record.placement, record.spec
         if placement is None or not spec.failover_s or spec.desired is not Desired.RUNNING:
             return False
-        if record.status.generation == spec.generation and record.status.phase in (VmPhase.STOPPED, VmPhase.FAILED):
+        if record.status.generation == spec.generation and record.status.phase in _RESTING:
             # It rests until its owner wishes anew.
             return False
+        holder = self._state.view.node(placement.node_id)
+        if not placement.expires_ms and holder is not None and holder.cordon is Cordon.DRAINING:
+            # Its holder let go of it, and is well.
+            return True
         # The claim decides, by the spine's time, which may stand still while nobody writes; this is when to try.
         is_over = self._clock.now_ns() // NS_PER_MS > placement.expires_ms + LAPSE_MARGIN_MS
         return is_over and not self._is_live(NodeId(placement.node_id))
@@ -330,7 +377,9 @@ class VmmService:
             log.error("vm.lease_not_written", vm_id=vm_id, error=exc.message)
 
     def _live_nodes(self) -> list[NodeRecord]:
-        return [n for n in self._state.view.nodes() if n.node_id == self._node_id or self._is_live(NodeId(n.node_id))]
+        nodes = self._state.view.nodes()
+        ours = [msgspec.structs.replace(n, cordon=self._cordon) for n in nodes if n.node_id == self._node_id]
+        return ours + [n for n in nodes if n.node_id != self._node_id and self._is_live(NodeId(n.node_id))]
 
     def _promises(self, *, but: str = "") -> dict[str, Resources]:
         """What each node promised: by the view, and by our claims under way (but that for one VM)."""

@@ -8,14 +8,16 @@ import pytest
 from trio.abc import Clock
 
 from formation.core.event import VmDeleted
+from formation.core.spec import Cordon
 from formation.state.feed import Level
-from tests.unit.node.nodes import requested, running
+from tests.unit.node.nodes import eventually, requested, running
 
 
 async def test_where_a_vm_would_go_and_why(tmp_path: Path, jumping_clock: Clock) -> None:
     """Of a VM that is not asked for: nothing is written. Of one that runs: where it is, and what it lacks elsewhere."""
     async with running(tmp_path, voters=4, hosts=frozenset({1})) as nodes:
         image = await nodes.build()
+        await eventually(lambda: len(nodes[0].state.view.nodes()) == 4)
         wish = nodes.wish(requested(image, require={"node": "n1"}))
         answer = await nodes.client().post("/v1/placement", wish.signed.raw)
         assert answer.status == 200, answer.body
@@ -50,3 +52,22 @@ async def test_what_is_no_wish_for_a_vm_is_refused(body: bytes, tmp_path: Path, 
             answer = await nodes.client().post("/v1/placement", refused)
             assert answer.error() == (400, "usage")
         assert (await nodes.client().get("/v1/vms/nothing/why")).error() == (404, "not_found")
+
+
+async def test_a_cordoned_node_takes_nothing(tmp_path: Path, jumping_clock: Clock) -> None:
+    """It says so to all, keeps what it has, and takes VMs again; asked over the network, or for nonsense, it refuses."""
+    async with running(tmp_path, voters=4, hosts=frozenset({1})) as nodes:
+        vm_id, _ = await nodes.boot(index=1)
+        await eventually(lambda: len(nodes[0].state.view.nodes()) == 4)
+        for refused in (b"", b"{}", b'{"cordon": "shut"}', b'{"cordon": "open", "x": 1}'):
+            assert (await nodes.client(1).post("/v1/cordon", refused)).error() == (400, "usage")
+        wish = nodes.wish(requested(await nodes.build(name="other"), name="other"))
+        assert (await nodes.client(1).post("/v1/cordon", b'{"cordon": "cordoned"}')).json() == {"cordon": "cordoned"}
+        await eventually(lambda: nodes[0].state.view.node(nodes.keys[1].node_id).cordon is Cordon.CORDONED)  # type: ignore[union-attr] # it told of itself
+        told = (await nodes.client().post("/v1/placement", wish.signed.raw)).json()
+        assert told["next_why"] == "each live node that runs VMs is cordoned"
+        assert {node["name"]: node["why"] for node in told["nodes"]}["n1"] == "is cordoned"
+        await nodes.phase(vm_id, "running")
+        assert (await nodes.client(1).post("/v1/cordon", b'{"cordon": "open"}')).status == 200
+        await eventually(lambda: nodes[0].state.view.node(nodes.keys[1].node_id).cordon is Cordon.OPEN)  # type: ignore[union-attr] # as above
+        assert (await nodes.client().post("/v1/placement", wish.signed.raw)).json()["next_node"] == "n1"

@@ -13,7 +13,7 @@ import trio
 
 from formation.core.clock import Clock
 from formation.core.errors import ConflictError, FormationError
-from formation.core.event import ClaimRenewed, Event, HolderEvent, NetLeased, OpClass, VmClaimed, VmReady
+from formation.core.event import ClaimReleased, ClaimRenewed, Event, HolderEvent, NetLeased, OpClass, VmClaimed, VmReady
 from formation.core.ids import Digest, NodeId
 from formation.core.spec import (
     ImageRecord,
@@ -189,6 +189,9 @@ class FakeState:
         if isinstance(event, ClaimRenewed):
             space, _, key = object_id.partition("/")
             return claims.renew(space, key, self.node_id, now_ms=now_ms)
+        if isinstance(event, ClaimReleased):
+            space, _, key = object_id.partition("/")
+            return claims.release(space, key, self.node_id, now_ms=now_ms)
         assert isinstance(event, VmClaimed)
         if object_id not in self.view.vm_records:
             return "the vm is deleted"

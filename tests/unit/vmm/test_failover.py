@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from formation.core.ids import NodeId
-from formation.core.spec import FAILOVER_S_DEFAULT, Desired, ImageRecord, VmPhase
+from formation.core.spec import FAILOVER_S_DEFAULT, Cordon, Desired, ImageRecord, VmPhase
 from formation.vmm.allocator import weight
 from formation.vmm.service import LAPSE_MARGIN_MS, SPARE_PAUSE_S, SWEEP_S_MAX
 from formation.vmm.twin import TwinHypervisor, TwinWorld
@@ -210,3 +210,44 @@ async def test_an_image_that_may_be_needed_elsewhere_has_a_second_copy(
         await trio.sleep(SPARE_PAUSE_S * 3)
         third = next(name for name in others if name != spare)
         assert nodes.rigs[third].pack.asked[-1] == (DIGEST, (first,))
+
+
+async def drain(nodes: Hall, name: str, cordon: Cordon = Cordon.DRAINING) -> None:
+    """What the operator's command does: the node itself, then what all are told."""
+    records = nodes.rigs[name].view.node_records
+    records[name] = msgspec.structs.replace(records[name], cordon=cordon)
+    await nodes.rigs[name].service.set_cordon(cordon)
+
+
+async def test_a_drained_nodes_vm_goes_elsewhere_at_once(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """Its guest is asked to stop, the placement let go of, and another node takes it, long before the lease would end."""
+    async with hall(tmp_path, failover_s=3600) as nodes:
+        first = await nodes.run_alone()
+        began = trio.current_time()
+        await drain(nodes, first)
+        second = await nodes.run_alone(but=first)
+        assert second != first
+        assert trio.current_time() - began < 60
+        assert "vm.stopping" in nodes.rigs[first].state.verbs()
+        await trio.sleep(30)
+        assert nodes.rigs[first].hypervisor.inventory() == ()
+        # Cordoned, it takes nothing, whoever is lost; open again, it does.
+        third = next(name for name in NODES if name not in (first, second))
+        nodes.lose(third)
+        await drain(nodes, second)
+        await trio.sleep(60)
+        assert nodes.run_by() == [second], "it leaves only for a place that there is"
+        await drain(nodes, first, Cordon.OPEN)
+        assert await nodes.run_alone(but=second) == first
+
+
+async def test_a_drained_node_keeps_what_shall_not_move(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    """And is cordoned after a restart, too."""
+    async with hall(tmp_path, failover_s=0) as nodes:
+        first = await nodes.run_alone()
+        await drain(nodes, first)
+        await trio.sleep(100)
+        assert nodes.run_by() == [first]
+        assert "vm.stopping" not in nodes.rigs[first].state.verbs()
+    again = make_rig(tmp_path / first, TwinHypervisor(clock=FakeClock()), node_id=first)
+    assert again.service.cordon is Cordon.DRAINING
