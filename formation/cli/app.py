@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command
 
 from formation import __version__
-from formation.cli import account, cell, image, key, network, op, peer, state, value, vm, voter
+from formation.cli import account, cell, image, key, net, network, op, peer, state, value, vm, voter
 from formation.cli.command import HELP_NAMES, command
 from formation.cli.completion import EXAMPLES as COMPLETION_EXAMPLES
 from formation.cli.completion import print_completion
@@ -96,6 +96,7 @@ def _add_commands(app: typer.Typer) -> None:
     app.add_typer(cell.group, name="cell")
     app.add_typer(voter.group, name="voter")
     app.add_typer(peer.group, name="peer")
+    app.add_typer(net.group, name="net")
     app.add_typer(state.group, name="state")
     app.add_typer(op.group, name="op")
     command(app, "init", examples=INIT_EXAMPLES, common=False)(init)

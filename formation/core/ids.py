@@ -63,6 +63,26 @@ def public_key_of_node(node_id: str) -> bytes:
     return raw[len(_PEER_ID_PREFIX) :]
 
 
+def peer_id_bytes(node_id: NodeId) -> bytes:
+    """A PeerId as libp2p's messages carry it: its multihash.
+
+    Raises:
+      UsageError: not the PeerId of an Ed25519 key.
+    """
+    return _PEER_ID_PREFIX + public_key_of_node(node_id)
+
+
+def node_id_from_bytes(raw: bytes) -> NodeId:
+    """The PeerId whose multihash this is.
+
+    Raises:
+      UsageError: not that of an Ed25519 key.
+    """
+    if len(raw) != len(_PEER_ID_PREFIX) + PUBLIC_KEY_SIZE_BYTES or not raw.startswith(_PEER_ID_PREFIX):
+        raise UsageError(f"{len(raw)} bytes that are no node id", hint="only Ed25519 keys name nodes")
+    return NodeId(base58.b58encode(raw).decode())
+
+
 def account_id_of(public_key: bytes) -> AccountId:
     """The did:key of a 32-byte Ed25519 public key."""
     assert len(public_key) == PUBLIC_KEY_SIZE_BYTES

@@ -43,6 +43,7 @@ from formation.node.exposition import CONTENT_TYPE
 from formation.node.forward import ApiRequest, Begin, Forward
 from formation.node.forward import Send as ForwardSend
 from formation.node.metrics import metrics_text
+from formation.node.net_api import NetApi
 from formation.node.peer_api import PeerApi
 from formation.node.placement_api import PlacementApi
 from formation.node.problem import HTTP_STATUS, error_json
@@ -109,6 +110,7 @@ def make_api(parts: ApiParts) -> Application:
             *map(_state_route, StateApi(parts.reads).routes()),
             *map(_state_route, PlacementApi(parts.reads).routes()),
             *map(_state_route, PeerApi(parts.reads).routes()),
+            *map(_state_route, NetApi(parts.reads).routes()),
             *map(_state_route, CellApi(parts.reads, parts.cells, parts.door).routes()),
         ],
         exception_handlers={

@@ -68,7 +68,8 @@ ROUTES = tuple(
         ("GET", "/v1/peers"),
         ("GET", f"/v1/peers/{_NAME}"),
         ("POST", f"/v1/peers/{_NAME}/ping"),
-        ("GET", "/v1/net/check"),
+        ("GET", "/v1/net"),
+        ("POST", "/v1/net/check"),
     )
 )
 """What may be asked; each matches a whole path."""

@@ -18,7 +18,7 @@ from formation import __version__
 from formation.core.spec import VmPhase
 from formation.node.exposition import Family, Page
 from formation.node.reads import Reads
-from formation.p2p.service import PeerScore
+from formation.p2p.service import PeerScore, Reach
 from formation.pack.service import PackService
 
 _families: list[Family] = []
@@ -58,6 +58,16 @@ REFUSED = _counter(
 )
 STREAMS_REFUSED = _counter("formation_streams_refused_total", "Streams of peers that were reset: too many at a time.")
 NETWORK_BYTES = _counter("formation_network_bytes_total", "Bytes on connections to peers, encrypted.", "direction")
+
+REACHABILITY = _gauge("formation_reachability", "1 at the verdict: whether others can connect to this node.", "state")
+RELAYS_HELD = _gauge("formation_relays", "Relays that keep a place for this node.")
+RELAY_PLACES = _gauge("formation_relay_reservations", "Places that this node keeps for others.")
+RELAY_CIRCUITS = _gauge("formation_relay_circuits", "Circuits between others through this node.")
+RELAY_BYTES = _counter("formation_relay_bytes_total", "Bytes relayed for others.")
+RELAY_REFUSED = _counter("formation_relay_refused_total", "Places and circuits refused for want of room.", "reason")
+RELAY_CUT = _counter("formation_relay_cut_total", "Circuits ended at their limit of bytes or of time.", "reason")
+PUNCHED = _counter("formation_hole_punching_total", "Relayed connections of which a direct one was tried.", "state")
+DIAL_BACKS_REFUSED = _counter("formation_dial_backs_refused_total", "Peers not dialled back: too often, or elsewhere.")
 
 LINKS = _gauge("formation_links", "Links to voters that are open.")
 PROTOCOL_MESSAGES = _counter(
@@ -165,6 +175,7 @@ def peers_by_score(scores: tuple[PeerScore, ...]) -> Mapping[str, int]:
 
 
 def _put_messages(page: Page, reads: Reads) -> None:
+    _put_reachability(page, reads)
     figures, transport = reads.p2p.statistics(), reads.p2p.transport_statistics()
     page.put(LINKS, figures.link_count)
     for protocol, counts in reads.p2p.traffic().items():
@@ -199,6 +210,21 @@ def _put_kad(page: Page, reads: Reads) -> None:
     page.put_all(KAD_LOOKUPS, kad.lookup_counts)
     page.put_all(KAD_QUESTIONS, {"sent": kad.asked_count, "received": kad.served_count})
     page.put(KAD_UNANSWERED, kad.ask_failed_count)
+
+
+def _put_reachability(page: Page, reads: Reads) -> None:
+    found = reads.p2p.reachability()
+    page.put_all(REACHABILITY, {reach.value: int(found.verdict is reach) for reach in Reach})
+    page.put(RELAYS_HELD, len(found.relays))
+    book, counters = reads.p2p.relay_figures()
+    page.put(RELAY_PLACES, book.reservation_count)
+    page.put(RELAY_CIRCUITS, book.circuit_count)
+    page.put(RELAY_BYTES, counters.size_bytes)
+    page.put_all(RELAY_CUT, {"bytes": counters.cut_bytes_count, "time": counters.cut_time_count})
+    punched, failed, refused = reads.p2p.punch_figures()
+    page.put_all(PUNCHED, {"direct": punched, "still_relayed": failed})
+    page.put(DIAL_BACKS_REFUSED, refused)
+    page.put_all(RELAY_REFUSED, {"no_place": book.reservation_refused_count, "no_circuit": book.circuit_refused_count})
 
 
 def _put_state(page: Page, reads: Reads) -> None:

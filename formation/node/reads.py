@@ -23,7 +23,7 @@ from formation.core.spec import ImageRecord, NodeRecord, VmPhase, VmRecord
 from formation.core.units import format_duration
 from formation.node.health import Liveness
 from formation.node.settings import NodeSettings
-from formation.p2p.service import P2pService
+from formation.p2p.service import P2pService, Reach
 from formation.state.service import Level, StateService
 from formation.vmm.leases import LAPSED_REASON
 from formation.vmm.service import VmmService
@@ -126,6 +126,9 @@ class Reads:
                     "hint": "is this machine's network up? formation peer list shows who is reached",
                 }
             )
+        reached = self.p2p.reachability()
+        if reached.verdict is Reach.PRIVATE and not reached.relays:
+            warnings.append({"text": "nobody can connect to this node: it found no relay", "hint": "formation net check"})
         if state.clock_ahead_ms > CLOCK_AHEAD_WARNING_MS:
             warnings.append(
                 {

@@ -47,6 +47,8 @@ class NodeSettings:
     mdns: bool
     roles: tuple[str, ...]
     labels: Mapping[str, str] = field(default_factory=dict)
+    relay: str
+    """auto, on or off."""
     public_address: str
     api_socket: Path
     api_tcp: str
@@ -91,6 +93,7 @@ def node_settings(merged: Mapping[str, Value]) -> NodeSettings:
         mdns=value("mdns") == "on",
         roles=_roles(value("roles")),
         labels=_labels(value("labels")),
+        relay=str(value("relay")),
         public_address=str(value("public_address")),
         api_socket=check_socket_path(_absolute(value("api_socket"))),
         api_tcp=api_tcp,

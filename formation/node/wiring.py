@@ -25,7 +25,7 @@ from formation.node.settings import NodeSettings, offered_capacity
 from formation.p2p.kad_wire import role_key
 from formation.p2p.mdns import Mdns
 from formation.p2p.peer_store import FilePeerStore
-from formation.p2p.service import P2pService
+from formation.p2p.service import P2pService, RelayMode
 from formation.pack.service import PackService
 from formation.state.cell_reader import CellReader
 from formation.state.disk import DiskStore
@@ -90,6 +90,8 @@ async def build_node(settings: NodeSettings) -> Node:
         network_id=manifest.network_id,
         kad_mode=settings.kademlia,
         mdns=Mdns(network_id=manifest.network_id, node_id=key.node_id, rng=rng) if settings.mdns else None,
+        routes=transport.routes,
+        relay=RelayMode(settings.relay),
     )
     for role in settings.roles:
         p2p.provide(role_key(role))

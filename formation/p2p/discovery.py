@@ -33,7 +33,7 @@ from formation.core.ids import NodeId
 from formation.p2p.backoff import Backoff
 from formation.p2p.peer_book import PeerBook, is_dialable
 from formation.p2p.presence import Presence
-from formation.p2p.router import ADDRESS_COUNT_MAX, PeerTable, dials_first
+from formation.p2p.router import ADDRESS_COUNT_MAX, PeerTable, best_first, dials_first
 from formation.p2p.score import PeerScores, Refusal
 from formation.p2p.transport import Transport
 
@@ -56,8 +56,8 @@ HIGH_WATER = 192
 SEEK_INTERVAL_S = 5.0
 # Of peers from the book or from hearsay, at once.
 SEEK_DIAL_COUNT = 4
-# A peer that is there answers in a second; one that never was must not hold the others up.
-SEEK_TIMEOUT_S = 10.0
+# A peer that is there answers in a second, and through a relay in a few; one that never was must not hold the others up.
+SEEK_TIMEOUT_S = 20.0
 SEEK_ADDRESS_COUNT_MAX = 3
 # The first look of a new node may find nobody who has said where he is.
 SEEK_FIRST_S = 1.0
@@ -146,6 +146,8 @@ class Discovery:
         self._nursery: trio.Nursery | None = None
         self._attempts: dict[NodeId, _Attempt] = {}
         self._limiter = trio.CapacityLimiter(DIAL_CONCURRENCY_MAX)
+        self.is_needed: Callable[[NodeId], bool] = lambda node_id: False
+        """Whether the connection to a peer must not be let go."""
         self._visited: set[NodeId] = set()
         """Connected for a visit only: perhaps of another network, and nothing to remember."""
         self._hearsay: dict[NodeId, tuple[str, ...]] = {}
@@ -264,7 +266,7 @@ class Discovery:
         book = self._book.addresses(node_id)
         reached = book[:1] if self._book.is_proven(node_id) else ()
         hearsay = (*self._table.addresses(node_id), *self._hearsay.get(node_id, ()))
-        return tuple(dict.fromkeys((*reached, *self._table.given_addresses(node_id), *book, *hearsay)))[:ADDRESS_COUNT_MAX]
+        return best_first((*reached, *self._table.given_addresses(node_id), *book, *hearsay), ADDRESS_COUNT_MAX)
 
     async def connect_at(self, node_id: NodeId, addresses: tuple[str, ...]) -> bool:
         """Connect now to a node that need not be known, at these addresses only; False if it was connected already.
@@ -398,7 +400,7 @@ class Discovery:
         )
         try:
             with trio.fail_after(SEEK_TIMEOUT_S):
-                await self._dial(node_id, self._addresses(node_id)[:SEEK_ADDRESS_COUNT_MAX])
+                await self._dial(node_id, best_first(self._addresses(node_id), SEEK_ADDRESS_COUNT_MAX))
         except (UnavailableError, trio.TooSlowError) as exc:
             _logger.debug("sought peer not reached", peer=node_id, error=str(exc) or "no answer in time")
             if wait_s >= RETRY_MAX_S:
@@ -428,7 +430,7 @@ class Discovery:
 
     def note_hearsay(self, node_id: NodeId, addresses: tuple[str, ...]) -> None:
         """Somebody says where a peer is: to be tried, if we need more peers or this one."""
-        usable = tuple(filter(is_dialable, addresses))[:SEEK_ADDRESS_COUNT_MAX]
+        usable = best_first(filter(is_dialable, addresses), SEEK_ADDRESS_COUNT_MAX)
         if not usable or node_id == self._transport.node_id or self._presence.is_up(node_id):
             return
         self._hearsay.pop(node_id, None)
@@ -453,7 +455,7 @@ class Discovery:
         spare = [
             node_id
             for node_id in connected - self._voters - self._visited
-            if (state := states.get(node_id)) is None or not (state.is_known or state.linked)
+            if ((state := states.get(node_id)) is None or not (state.is_known or state.linked)) and not self.is_needed(node_id)
         ]
 
         def use(node_id: NodeId) -> tuple[float, bool, float, NodeId]:

@@ -639,8 +639,12 @@ class Kad:
         nearest = self._table.closest(place_of(key), count_max=K + 1)
         told = [as_told(contact) for contact in nearest if contact.node_id != asker]
         named = next((n for n in self._transport.connected() if _is_named(n, key)), None)
-        if named is not None and named != asker and named not in self._table:
-            told = [*told_of([(named, self._own_word(named))]), *told]
+        if named is not None and named != asker:
+            # As it says now: since it answered last it may have moved, or found out that it is reached through relays only.
+            contact = self._table.get(named)
+            before = () if contact is None else contact.addresses
+            now = told_of([(named, (*before, *self._own_word(named)))])
+            told = [*now, *(each for each in told if each.node_id != named)]
         return tuple(each for each in told if each.addresses)[:K]
 
     def _providers(self, key: bytes) -> tuple[Told, ...]:

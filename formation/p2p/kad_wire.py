@@ -17,16 +17,27 @@ are looked at than a correct peer sends; (4) a peer is told of once in a message
 from __future__ import annotations
 
 import hashlib
-import ipaddress
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 
+from formation.core import ids
 from formation.core.errors import DecodeError, UsageError
-from formation.core.ids import Digest, NodeId, node_id_of, public_key_of_node
+from formation.core.ids import Digest, NodeId, node_id_from_bytes
+from formation.p2p.multiaddrs import decode_multiaddr, encode_multiaddr
 from formation.p2p.peer_book import is_dialable
-from formation.p2p.router import ADDRESS_COUNT_MAX
+from formation.p2p.protobuf import (
+    VARINT_SIZE_MAX_BYTES,
+    all_bytes_of,
+    bytes_of,
+    decode_fields,
+    decode_varint,
+    encode_fields,
+    encode_varint,
+    varint_of,
+)
+from formation.p2p.router import ADDRESS_COUNT_MAX, best_first
 
 # Kademlia's k: what one peer tells, and the size of a bucket (kad-dht specification).
 K = 20
@@ -37,16 +48,12 @@ KEY_SIZE_MAX_BYTES = 128
 # Looked at, for those that can be used.
 _ADDRESS_LOOKED_AT_MAX = 4 * ADDRESS_COUNT_MAX
 _PEER_LOOKED_AT_MAX = 2 * K
-# multihash identity (0x00), 36 bytes (0x24), protobuf PublicKey{type=Ed25519 (08 01), data (12 20)}
-_PEER_ID_PREFIX = bytes.fromhex("002408011220")
-_PEER_ID_SIZE_BYTES = 38
 _CACHED_ID_COUNT = 8192
 # multihash: SHA-256 (0x12), 32 bytes (0x20)
 _SHA256_PREFIX = bytes.fromhex("1220")
-# Codes of the multiaddr table: fixed size in bytes, or None for a varint length before the value.
-_IP4, _TCP, _IP6, _DNS, _DNS4, _DNS6, _P2P, _MEMORY = 4, 6, 41, 53, 54, 55, 421, 777
-_NAMES = {_DNS: "dns", _DNS4: "dns4", _DNS6: "dns6"}
-_NAME_CODES = {name: code for code, name in _NAMES.items()}
+# The code of the in-memory twin's addresses in the multiaddr table; of the others `multiaddrs` knows.
+_MEMORY = 777
+_MEMORY_PREFIX = "/memory/"
 
 
 class Kind(IntEnum):
@@ -90,7 +97,7 @@ def peer_id_bytes(node_id: NodeId) -> bytes:
     Raises:
       UsageError: it is no node id.
     """
-    return _PEER_ID_PREFIX + public_key_of_node(node_id)
+    return ids.peer_id_bytes(node_id)
 
 
 def place_of(key: bytes) -> int:
@@ -122,14 +129,11 @@ def role_key(role: str) -> bytes:
 
 def encode_message(message: Message) -> bytes:
     """The message with its length before it."""
-    body = bytearray()
-    body += _number_field(1, message.kind)
-    if message.key:
-        body += _bytes_field(2, message.key)
-    for number, peers in ((8, message.closer), (9, message.providers)):
-        for told in peers:
-            body += _bytes_field(number, _encode_peer(told))
-    return _varint(len(body)) + bytes(body)
+    peers = (
+        (number, _encode_peer(told)) for number, several in ((8, message.closer), (9, message.providers)) for told in several
+    )
+    body = encode_fields(((1, int(message.kind)), (2, message.key or None), *peers))
+    return encode_varint(len(body)) + body
 
 
 def decode_message(body: bytes) -> Message:
@@ -138,30 +142,22 @@ def decode_message(body: bytes) -> Message:
     Raises:
       DecodeError: it is none.
     """
-    kind, key = 0, b""
-    closer: dict[NodeId, Told] = {}
-    providers: dict[NodeId, Told] = {}
-    looked_at = 0
-    for number, value in _fields(body):
-        match number, value:
-            case 1, int():
-                kind = value
-            case 2, bytes():
-                key = value
-            case ((8 | 9), bytes()):
-                looked_at += 1
-                told = _decode_peer(value) if looked_at <= _PEER_LOOKED_AT_MAX else None
-                peers = closer if number == 8 else providers
-                if told is not None and len(peers) < K:
-                    peers.setdefault(told.node_id, told)
-            case ((1 | 2 | 8 | 9), _):
-                raise DecodeError(f"kad message: field {number} is of another type")
+    fields = decode_fields(body)
+    kind, key = varint_of(fields, 1) or 0, bytes_of(fields, 2) or b""
+    closer, providers = all_bytes_of(fields, 8), all_bytes_of(fields, 9)
     if len(key) > KEY_SIZE_MAX_BYTES:
         raise DecodeError(f"kad message: a key of {len(key)} bytes")
     try:
-        return Message(kind=Kind(kind), key=key, closer=tuple(closer.values()), providers=tuple(providers.values()))
+        return Message(kind=Kind(kind), key=key, closer=_decode_peers(closer), providers=_decode_peers(providers))
     except ValueError as exc:
         raise DecodeError(f"kad message of kind {kind}") from exc
+
+
+def _length(data: bytearray) -> tuple[int | None, int]:
+    """(the next message's size, where it begins); None while the length is not all here."""
+    if len(data) < VARINT_SIZE_MAX_BYTES and all(byte & 0x80 for byte in data):
+        return None, 0
+    return decode_varint(bytes(data[:VARINT_SIZE_MAX_BYTES]))
 
 
 class MessageDecoder:
@@ -209,36 +205,34 @@ class MessageDecoder:
 
 
 def _encode_peer(told: Told) -> bytes:
-    body = bytearray(_bytes_field(1, peer_id_bytes(told.node_id)))
-    for address in told.addresses[:ADDRESS_COUNT_MAX]:
-        body += _bytes_field(2, encode_address(address))
-    return bytes(body)
+    addresses = ((2, encode_address(address)) for address in told.addresses[:ADDRESS_COUNT_MAX])
+    return encode_fields(((1, peer_id_bytes(told.node_id)), *addresses))
 
 
 @lru_cache(maxsize=_CACHED_ID_COUNT)
-def _node_id_of(public_key: bytes) -> NodeId:
-    return node_id_of(public_key)
+def _node_id_of(peer_id: bytes) -> NodeId:
+    return node_id_from_bytes(peer_id)
+
+
+def _decode_peers(several: tuple[bytes, ...]) -> tuple[Told, ...]:
+    peers: dict[NodeId, Told] = {}
+    for body in several[:_PEER_LOOKED_AT_MAX]:
+        if len(peers) < K and (told := _decode_peer(body)) is not None:
+            peers.setdefault(told.node_id, told)
+    return tuple(peers.values())
 
 
 def _decode_peer(body: bytes) -> Told | None:
-    peer_id = b""
+    fields = decode_fields(body)
+    peer_id = bytes_of(fields, 1) or b""
     addresses: dict[str, None] = {}
-    looked_at = 0
-    for number, value in _fields(body):
-        match number, value:
-            case 1, bytes():
-                peer_id = value
-            case 2, bytes():
-                looked_at += 1
-                if looked_at <= _ADDRESS_LOOKED_AT_MAX and len(addresses) < ADDRESS_COUNT_MAX:
-                    address = decode_address(value)
-                    if address is not None:
-                        addresses[address] = None
-            case ((1 | 2), _):
-                raise DecodeError(f"kad peer: field {number} is of another type")
-    if len(peer_id) != _PEER_ID_SIZE_BYTES or not peer_id.startswith(_PEER_ID_PREFIX):
+    for raw in all_bytes_of(fields, 2)[:_ADDRESS_LOOKED_AT_MAX]:
+        if len(addresses) < ADDRESS_COUNT_MAX and (address := decode_address(raw)) is not None:
+            addresses[address] = None
+    try:
+        return Told(node_id=_node_id_of(peer_id), addresses=tuple(addresses))
+    except UsageError:
         return None  # a key of another kind
-    return Told(node_id=_node_id_of(peer_id[len(_PEER_ID_PREFIX) :]), addresses=tuple(addresses))
 
 
 # --- addresses -------------------------------------------------------------------------------------------------------
@@ -247,136 +241,38 @@ def _decode_peer(body: bytes) -> Told | None:
 # Addresses of the table are told again and again; each costs 10 us.
 @lru_cache(maxsize=_CACHED_ID_COUNT)
 def encode_address(address: str) -> bytes:
-    """The binary form of a dialable multiaddr (`peer_book.is_dialable`)."""
+    """The binary form of a dialable multiaddr (`peer_book.is_dialable`), a relay's circuit too."""
     assert is_dialable(address), address
-    _, kind, host, *rest = address.split("/")
-    if kind == "memory":  # the in-memory twin's, with a name where the table has a number
-        return _varint(_MEMORY) + _varint(len(host.encode())) + host.encode()
-    if kind in _NAME_CODES:
-        encoded = _varint(_NAME_CODES[kind]) + _varint(len(host)) + host.encode()
-    else:
-        encoded = _varint(_IP4 if kind == "ip4" else _IP6) + ipaddress.ip_address(host).packed
-    return encoded + _varint(_TCP) + int(rest[1]).to_bytes(2, "big")
+    if address.startswith(_MEMORY_PREFIX):  # the in-memory twin's, with a name where the table has a number
+        host = address.removeprefix(_MEMORY_PREFIX).encode()
+        return encode_varint(_MEMORY) + encode_varint(len(host)) + host
+    return encode_multiaddr(address)
 
 
 def decode_address(data: bytes) -> str | None:
-    """A multiaddr's text without a `/p2p/` at its end; None if it is malformed or nothing that we could dial."""
+    """A multiaddr's text without the peer's own `/p2p/` at its end; None if it is malformed or nothing that we could dial."""
     try:
-        code, start = _read_varint(data, 0)
-        if code in (_IP4, _IP6):
-            size = 4 if code == _IP4 else 16
-            raw = data[start : start + size]
-            if len(raw) != size:
-                return None
-            text = f"/ip{4 if size == 4 else 6}/{ipaddress.ip_address(raw)}"
-        elif code in _NAMES or code == _MEMORY:
-            size, start = _read_varint(data, start)
-            raw = data[start : start + size]
-            if len(raw) != size:
-                return None
-            text = f"/{_NAMES.get(code, 'memory')}/{raw.decode('ascii')}"
+        code, start = decode_varint(data)
+        if code == _MEMORY:
+            size, start = decode_varint(data, start)
+            host = data[start:].decode("ascii")
+            text: str | None = _MEMORY_PREFIX + host if len(host) == size else None
         else:
-            return None
-        start += size
-        if code != _MEMORY:
-            code, start = _read_varint(data, start)
-            if code != _TCP or len(data) < start + 2:
-                return None
-            text += f"/tcp/{int.from_bytes(data[start : start + 2], 'big')}"
-            start += 2
-        if start != len(data) and not _is_peer_part(data, start):
-            return None
+            text = decode_multiaddr(data)
     except (DecodeError, ValueError):
         return None
+    if text is None:
+        return None
+    head, separator, tail = text.rpartition("/p2p/")
+    if separator and "/" not in tail:
+        text = head
     return text if is_dialable(text) else None
-
-
-def _is_peer_part(data: bytes, start: int) -> bool:
-    code, start = _read_varint(data, start)
-    size, start = _read_varint(data, start)
-    return code == _P2P and len(data) == start + size
-
-
-# --- protobuf --------------------------------------------------------------------------------------------------------
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def _read_varint(data: bytes | bytearray, start: int) -> tuple[int, int]:
-    """(value, where it ends).
-
-    Raises:
-      DecodeError: cut off, or longer than 64 bits.
-    """
-    value = 0
-    for shift in range(0, 70, 7):
-        if start >= len(data):
-            raise DecodeError("a varint is cut off")
-        byte = data[start]
-        start += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value & 0xFFFFFFFFFFFFFFFF, start
-    raise DecodeError("a varint of more than 64 bits")
-
-
-def _length(data: bytearray) -> tuple[int | None, int]:
-    """The length that a message begins with, and where it begins; None: not here yet."""
-    if len(data) < 10 and all(byte & 0x80 for byte in data):
-        return None, 0
-    return _read_varint(data, 0)
-
-
-def _number_field(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value)
-
-
-def _bytes_field(number: int, value: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _fields(body: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field in order.
-
-    Raises:
-      DecodeError: malformed.
-    """
-    at = 0
-    while at < len(body):
-        tag, at = _read_varint(body, at)
-        number, wire_type = tag >> 3, tag & 7
-        if not number:
-            raise DecodeError("protobuf: field 0")
-        if wire_type == 0:
-            value, at = _read_varint(body, at)
-            yield number, value
-            continue
-        match wire_type:
-            case 1:
-                size = 8
-            case 2:
-                size, at = _read_varint(body, at)
-            case 5:
-                size = 4
-            case _:
-                raise DecodeError(f"protobuf: wire type {wire_type}")
-        if size > len(body) - at:
-            raise DecodeError("protobuf: a field is cut off")
-        yield number, body[at : at + size]
-        at += size
 
 
 def told_of(peers: Iterable[tuple[NodeId, Iterable[str]]]) -> tuple[Told, ...]:
     """What to tell of peers: those that have a place, with the addresses that can be dialled."""
     return tuple(
-        Told(node_id=node_id, addresses=tuple(filter(is_dialable, addresses))[:ADDRESS_COUNT_MAX])
+        Told(node_id=node_id, addresses=best_first(filter(is_dialable, addresses), ADDRESS_COUNT_MAX))
         for node_id, addresses in peers
         if place_of_node(node_id) is not None
     )

@@ -9,6 +9,7 @@ here and in the `libp2p_*` files beside.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from formation.p2p.libp2p_admission import Admission
 from formation.p2p.libp2p_gossip import running_gossip
 from formation.p2p.libp2p_muxer import traffic
 from formation.p2p.libp2p_patches import apply_patches
+from formation.p2p.libp2p_routes import Libp2pRoutes
 from formation.p2p.libp2p_setup import (
     Security,
     check_free,
@@ -36,6 +38,9 @@ from formation.p2p.libp2p_setup import (
     parse_id,
 )
 from formation.p2p.libp2p_stream import Libp2pStream
+from formation.p2p.multiaddrs import Scope, endpoint_of, is_circuit, parse_circuit, scope_of
+from formation.p2p.reach_messages import HOP_PROTOCOL
+from formation.p2p.relay import ask_for_circuit
 from formation.p2p.score import Offence
 from formation.p2p.serving import serve_one
 from formation.p2p.transport import (
@@ -53,7 +58,12 @@ from formation.p2p.transport import (
 
 # One address: SYN, noise and yamux take 4 round trips; the slowest links of a fog have 300 ms.
 DIAL_TIMEOUT_S = 5.0
+# An address of a LAN, of a peer that says how it is reached through relays: it answers at once or is of another LAN, and may be
+# one of several that nobody answers; the way through the relay comes behind them.
+DIAL_SITE_TIMEOUT_S = 1.5
 OPEN_TIMEOUT_S = 10.0
+# Through a relay: it is dialled first, asks the peer, and then there is a handshake.
+CIRCUIT_TIMEOUT_S = 15.0
 CLOSE_TIMEOUT_S = 2.0
 # How often subscriptions are told again; it heals one-way silence after a peer moved (measured: 9 s).
 ANNOUNCE_INTERVAL_S = 5.0
@@ -62,6 +72,8 @@ RESTART_DELAY_S = 1.0
 # A host that fails this often in a row will not get better by itself.
 RESTART_COUNT_MAX = 10
 RESTART_FORGIVEN_AFTER_S = 60.0
+
+_NOBODY_THERE = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH)
 
 _logger = structlog.get_logger(__name__)
 
@@ -121,6 +133,8 @@ class Libp2pTransport:
         self._is_reserved: Callable[[NodeId], bool] = lambda node_id: False
         self._up: set[NodeId] = set()
         self._host: Any = None
+        self.routes = Libp2pRoutes()
+        """Its single connections, for reachability."""
         self._gossip: Any = None
         self._subscribing = trio.Lock()
         self._nursery: trio.Nursery | None = None
@@ -165,20 +179,23 @@ class Libp2pTransport:
         for protocol, handler in self._handlers.items():
             host.set_stream_handler(protocol, self._stream_handler(protocol, handler))
         host.get_network().register_notifee(_Notifee(self))
+        _announce_circuits(host, self.routes)
         try:
             async with host.run(self._listen):
                 self._listen = self._listening_on(host)
                 async with trio.open_nursery() as nursery:
                     self._nursery = nursery
+                    self.routes.host, self.routes.nursery = host, nursery
+                    self.routes.listen = tuple(str(address) for address in self._listen)
                     try:
                         await nursery.start(self._keep_gossip, host)
                         task_status.started(tuple(str(address) for address in self._listen))
                         await trio.sleep_forever()
                     finally:
-                        self._nursery = None
+                        self._nursery = self.routes.nursery = None
                         await self._close_host(host)
         finally:
-            self._host = None
+            self._host = self.routes.host = None
             for node_id in list(self._up):
                 self.note_connection(node_id, False)
 
@@ -225,13 +242,17 @@ class Libp2pTransport:
         """See Transport."""
         host, peer_id = self._running_host(), parse_id(node_id)
         tried: list[str] = []
+        is_private = any(map(is_circuit, addresses))
         for text in addresses:
             if node_id in self.connected():
                 return ""
             try:
+                if is_circuit(text):
+                    with trio.fail_after(CIRCUIT_TIMEOUT_S):
+                        return await self._dial_circuit(node_id, text)
                 address = dial_address(text, node_id)
-                with trio.fail_after(DIAL_TIMEOUT_S):
-                    await host.get_network().dial_addr(address, peer_id)
+                with trio.fail_after(DIAL_SITE_TIMEOUT_S if is_private and _is_of_a_site(text) else DIAL_TIMEOUT_S):
+                    await self._dial_direct(address, peer_id)
             except Exception as exc:  # noqa: BLE001 - the library raises all kinds; each means: try the next address
                 tried.append(f"{text} ({_reason(exc)})")
                 continue
@@ -244,6 +265,41 @@ class Libp2pTransport:
             if self._network_key is None
             else "is that node running, its address right, and its network key the same as ours?",
         )
+
+    async def _dial_direct(self, address: Multiaddr, peer_id: Any) -> None:
+        network = self._running_host().get_network()
+        source = self.routes.source_for(str(address))
+        if source is not None:
+            try:
+                await network.dial_addr(address, peer_id, source=source)
+            except Exception as exc:
+                cause = _innermost(exc)
+                if isinstance(cause, OSError) and cause.errno in _NOBODY_THERE:
+                    raise
+                # The port is in use towards there, or both dialled at once and met in the middle: any other port, then.
+                _logger.debug("not dialled from the listening port", address=str(address), error=_reason(exc))
+            else:
+                return
+        await network.dial_addr(address, peer_id)
+
+    async def _dial_circuit(self, node_id: NodeId, text: str) -> str:
+        """Connect through a relay, which is connected to first if need be."""
+        circuit = parse_circuit(text.removesuffix(f"/p2p/{node_id}"))
+        if circuit is None or circuit.relay_id in (node_id, self._node_id):
+            raise UsageError(f"{text!r} is no way through a relay", hint="write /ip4/…/tcp/…/p2p/RELAY/p2p-circuit")
+        if self._is_refused(circuit.relay_id):
+            raise UnavailableError("this node has nothing to do with that relay", hint="formation peer list --all")
+        if circuit.relay_id not in self.connected():
+            await self.dial(circuit.relay_id, (circuit.relay_address,))
+        stream = await self.open_stream(circuit.relay_id, HOP_PROTOCOL)
+        try:
+            limit = await ask_for_circuit(stream, node_id)
+            await self.routes.enter_circuit(node_id, stream, circuit, limit=limit, is_initiator=True)
+        except BaseException:
+            await stream.aclose()
+            raise
+        self._running_host()._schedule_identify(parse_id(node_id), reason="connect")
+        return str(circuit)
 
     def connected(self) -> frozenset[NodeId]:
         """See Transport."""
@@ -487,11 +543,13 @@ class _Notifee(INotifee):  # type: ignore[misc] # the library is untyped here
 
     async def connected(self, network: Any, conn: Any) -> None:
         self._transport.note_connection(NodeId(conn.muxed_conn.peer_id.to_base58()), True)
+        self._transport.routes.note_route(conn, True)
 
     async def disconnected(self, network: Any, conn: Any) -> None:
         peer_id = conn.muxed_conn.peer_id
         if all(other.is_closed for other in network.get_connections(peer_id)):
             self._transport.note_connection(NodeId(peer_id.to_base58()), False)
+        self._transport.routes.note_route(conn, False)
 
     async def opened_stream(self, network: Any, stream: Any) -> None:
         pass
@@ -504,6 +562,26 @@ class _Notifee(INotifee):  # type: ignore[misc] # the library is untyped here
 
     async def listen_close(self, network: Any, multiaddr: Any) -> None:
         pass
+
+
+def _announce_circuits(host: Any, routes: Libp2pRoutes) -> None:
+    """Symptom: a circuit is told to others as an address of the relay's. Cause: the library cuts addresses at `/p2p/`.
+
+    Cure: those that `routes` announces are put behind what the library makes of the others.
+    """
+    direct_addresses = host.get_addrs
+
+    def get_addrs() -> list[Any]:
+        known = list(direct_addresses())
+        told = (Multiaddr(f"{address}/p2p/{host.get_id()}") for address in routes.announced)
+        return known + [address for address in told if address not in known]
+
+    host.get_addrs = get_addrs
+
+
+def _is_of_a_site(address: str) -> bool:
+    end = endpoint_of(address)
+    return end is not None and scope_of(end[0]) == Scope.SITE
 
 
 async def _close_socket(connection: Any) -> None:
@@ -529,8 +607,17 @@ def _own_error(exc: BaseException) -> HostError | None:
     return exc if isinstance(exc, HostError) else None
 
 
+def _innermost(exc: BaseException) -> BaseException:
+    while True:
+        if exc.__cause__ is not None:
+            exc = exc.__cause__
+        elif isinstance(exc, BaseExceptionGroup):
+            exc = exc.exceptions[0]
+        else:
+            return exc
+
+
 def _reason(exc: BaseException) -> str:
     """The innermost cause, which is the one that tells something."""
-    while exc.__cause__ is not None:
-        exc = exc.__cause__
+    exc = _innermost(exc)
     return "no answer in time" if isinstance(exc, trio.TooSlowError) else (str(exc)[:120] or type(exc).__name__)

@@ -188,7 +188,8 @@ class Muxer(IMuxedConn):  # type: ignore[misc] # the library is untyped here
         self._tcp = _tcp_below(noise)
         if self._tcp is not None:
             self._socket = self._tcp.stream.socket
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, KERNEL_UNSENT_SIZE_BYTES)
+            if self._socket.family != socket.AF_UNIX:  # a circuit's: the relay's connection has its own
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, KERNEL_UNSENT_SIZE_BYTES)
             self._encrypt = noise.encrypt
             self._decrypt = noise.decrypt
         self._received = bytearray()

@@ -39,6 +39,7 @@ from formation.p2p.mdns_wire import (
     peers_in,
     service_name,
 )
+from formation.p2p.multiaddrs import is_direct
 
 GROUP = "224.0.0.251"
 PORT = 5353
@@ -166,7 +167,7 @@ class Mdns:
             await self._was_asked.wait()
             await trio.sleep(self._rng.uniform(ANSWER_DELAY_MIN_S, ANSWER_DELAY_MAX_S))
             self._was_asked = trio.Event()
-            usable = [a for a in own_addresses() if a.startswith("/ip4/") and not a.startswith("/ip4/127.")]
+            usable = [a for a in own_addresses() if is_direct(a) and a.startswith("/ip4/") and not a.startswith("/ip4/127.")]
             if usable:
                 usable = usable[:ANNOUNCED_ADDRESS_COUNT_MAX]
                 await self._send(link, encode_answer(self._service, self._peer_name, self._node_id, usable))

@@ -15,7 +15,6 @@ peer_store.
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +22,7 @@ from functools import lru_cache
 from formation.core.codec import decode, encode
 from formation.core.errors import DecodeError, UsageError
 from formation.core.ids import NodeId, public_key_of_node
+from formation.p2p.multiaddrs import is_direct, parse_circuit
 from formation.p2p.router import ADDRESS_COUNT_MAX, ADDRESS_LENGTH_MAX
 from formation.p2p.score import MANUAL_BAN_COUNT_MAX
 
@@ -34,7 +34,6 @@ FAILURE_COUNT_MAX = 10
 FORGOTTEN_AFTER_MS = 7 * 24 * 3600 * 1000
 # Times are kept so exactly: a book whose peers just stay need not be written every minute.
 SEEN_RESOLUTION_MS = 10 * 60 * 1000
-_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
 @dataclass(slots=True)
@@ -174,26 +173,14 @@ def _node_id(text: str) -> NodeId:
 
 
 def is_dialable(address: str) -> bool:
-    """Whether a multiaddr may be worth a dial from elsewhere: IP or DNS name, TCP, a real host and port, and nothing more.
+    """Whether a multiaddr may be worth a dial from elsewhere: IP or DNS name, TCP, a real host and port; or a relay there.
 
     `/memory/NAME` is the in-memory twin's; on a real network nobody has one, and its dial fails at once.
     """
     parts = address.split("/")
     if parts[:2] == ["", "memory"]:
         return len(parts) == 3 and 0 < len(parts[2]) <= 253
-    if len(address) > ADDRESS_LENGTH_MAX or len(parts) != 5 or parts[0] or parts[3] != "tcp":
-        return False
-    kind, host, port = parts[1], parts[2], parts[4]
-    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536):
-        return False
-    if kind in ("ip4", "ip6"):
-        try:
-            ip = ipaddress.ip_address(host)
-        except ValueError:
-            return False
-        # A zone (`%eth0`) means something on its own machine only.
-        return ip.version == int(kind[2]) and "%" not in host and not (ip.is_unspecified or ip.is_multicast)
-    return kind in ("dns", "dns4", "dns6") and _HOST_NAME.fullmatch(host) is not None
+    return len(address) <= ADDRESS_LENGTH_MAX and (is_direct(address) or parse_circuit(address) is not None)
 
 
 # A full book is looked through for each stranger.

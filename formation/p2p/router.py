@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from formation.core.ids import NodeId
+from formation.p2p.multiaddrs import is_circuit
 
 # Addresses of one peer: a host has a few interfaces and perhaps a name; more would only slow down dialling.
 ADDRESS_COUNT_MAX = 8
@@ -39,7 +40,7 @@ class _Peer:
     changed_s: float = 0.0
 
     def addresses(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.given + self.learned))[:ADDRESS_COUNT_MAX]
+        return best_first(self.given + self.learned, ADDRESS_COUNT_MAX)
 
 
 class PeerTable:
@@ -131,6 +132,14 @@ class PeerTable:
             )
             for node_id, peer in sorted(self._peers.items())
         )
+
+
+def best_first(addresses: Iterable[str], count_max: int) -> tuple[str, ...]:
+    """Direct addresses before those through relays, in their order; of as many as there are places, one is a relay's."""
+    several = tuple(dict.fromkeys(addresses))
+    direct, relayed = [a for a in several if not is_circuit(a)], [a for a in several if is_circuit(a)]
+    kept = direct[: max(0, count_max - 1)] if relayed else direct[:count_max]
+    return tuple((*kept, *relayed)[:count_max])
 
 
 def dials_first(own_id: NodeId, node_id: NodeId) -> bool:

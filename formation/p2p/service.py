@@ -28,8 +28,13 @@ from formation.p2p.ping import PROTOCOL as PING_PROTOCOL
 from formation.p2p.ping import ping, serve_ping
 from formation.p2p.presence import Presence
 from formation.p2p.publisher import Publisher
+from formation.p2p.reach import ReachService, RelayMode
+from formation.p2p.reachability import Reach, Reachability
+from formation.p2p.relay import RelayCounters
 from formation.p2p.requests import RequestHandler, Requests
+from formation.p2p.reservations import RelayBook, RelayLimits
 from formation.p2p.router import PeerState, PeerTable
+from formation.p2p.routes import Routes
 from formation.p2p.score import Offence, PeerScore, PeerScores, Refusal
 from formation.p2p.subscriber import Subscriber
 from formation.p2p.traffic import Traffic
@@ -55,7 +60,10 @@ __all__ = [
     "P2pStatistics",
     "PeerScore",
     "PeerState",
+    "Reach",
+    "Reachability",
     "Refusal",
+    "RelayMode",
     "RequestHandler",
     "Sight",
     "StreamHandler",
@@ -101,6 +109,8 @@ class P2pService:
       network_id: 32 bytes; peers of other networks have other Kademlia tables.
       mdns: finds peers on the LAN; None: it is off.
       kad_mode: whether we answer in Kademlia; `auto`: unless nobody can dial us (`set_reachable`).
+      routes: the transport's single connections; without them nothing is known of reachability.
+      relay: whether we are a relay for others.
     """
 
     def __init__(
@@ -117,6 +127,9 @@ class P2pService:
         network_id: bytes = bytes(32),
         kad_mode: KadMode = "auto",
         mdns: Mdns | None = None,
+        routes: Routes | None = None,
+        relay: RelayMode = RelayMode.AUTO,
+        relay_limits: RelayLimits | None = None,
     ) -> None:
         self._transport = transport
         self._presence = Presence()
@@ -150,6 +163,19 @@ class P2pService:
         self._mdns = mdns
         self._requests = Requests(transport)
         self._visits = Visits(transport, self._discovery, self._table, self._requests)
+        self._reach: ReachService | None = None
+        if routes is not None:
+            self._reach = ReachService(
+                transport,
+                routes,
+                mode=relay,
+                limits=RelayLimits() if relay_limits is None else relay_limits,
+                is_favoured=lambda node_id: node_id in self._voters or self._table.is_known(node_id),
+                now_ms=now_ms,
+                rng=rng,
+            )
+            self._discovery.is_needed = self._reach.is_needed
+            self._reach.on_reachability(lambda found: self.set_reachable(found.is_reachable))
         self._publisher = Publisher(transport)
         self._subscriber = Subscriber(transport, on_offence=self.report)
         self._peer_callbacks: list[ConnectionCallback] = []
@@ -187,6 +213,8 @@ class P2pService:
             if self._mdns is not None:
                 nursery.start_soon(self._mdns.run, self._transport.own_addresses, self._discovery.note_hearsay)
             nursery.start_soon(self._links.run)
+            if self._reach is not None:
+                nursery.start_soon(self._reach.run)
             _logger.info("listening", node_id=self.node_id, addresses=addresses)
             task_status.started(addresses)
 
@@ -454,6 +482,33 @@ class P2pService:
         """
         await self._discovery.connect(node_id)
         return await ping(self._transport, node_id)
+
+    # --- reachability ------------------------------------------------------------------------------------------------
+
+    def reachability(self) -> Reachability:
+        """Whether others can connect to this node, where, and by which relays; as found last."""
+        return Reachability(verdict=Reach.UNKNOWN) if self._reach is None else self._reach.state()
+
+    async def check_reachability(self) -> Reachability:
+        """Find out now; takes a few seconds, 15 at most."""
+        return self.reachability() if self._reach is None else await self._reach.check()
+
+    def on_reachability(self, callback: Callable[[Reachability], None]) -> None:
+        """Tell when the verdict, the addresses or the relays change; must not block; before `run`."""
+        if self._reach is not None:
+            self._reach.on_reachability(callback)
+
+    def relay_figures(self) -> tuple[RelayBook, RelayCounters]:
+        """What we keep and did for others."""
+        relay = None if self._reach is None else self._reach.relay
+        return (RelayBook(RelayLimits()), RelayCounters()) if relay is None else (relay.book, relay.counters)
+
+    def punch_figures(self) -> tuple[int, int, int]:
+        """Since start: relayed connections that became direct, that did not, and peers that were not dialled back."""
+        if self._reach is None:
+            return 0, 0, 0
+        puncher = self._reach.puncher
+        return puncher.punched_count, puncher.failed_count, self._reach.autonat.refused_count
 
     def remembered_addresses(self, node_id: NodeId) -> tuple[str, ...]:
         """Where the peer book says that it is."""

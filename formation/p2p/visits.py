@@ -1,7 +1,7 @@
 """Visits: requests to nodes that are no peers of ours, such as those of another network, and questions of Kademlia's walks.
 
 A connection that a visit opened is closed when its last visit ends, so that a node of a root cell does not keep one to each of
-some thousand cells. One that was there before, or that the peer table wants, stays.
+some thousand cells. One that was there before, or that the peer table or reachability wants (a relay of ours), stays.
 """
 
 from __future__ import annotations
@@ -85,6 +85,6 @@ class Visits:
         del self._visiting[node_id]
         was_opened = node_id in self._opened
         self._opened.discard(node_id)
-        if was_opened and not self._table.is_known(node_id):
+        if was_opened and not self._table.is_known(node_id) and not self._discovery.is_needed(node_id):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT_S):
                 await self._transport.close_peer(node_id)

@@ -44,7 +44,12 @@ PURE_MODULES = [
             "kad_table",
             "kad_wire",
             "mdns_wire",
+            "multiaddrs",
             "peer_book",
+            "protobuf",
+            "rate",
+            "reachability",
+            "reservations",
             "router",
             "score",
             "seen",
@@ -64,7 +69,7 @@ IMPORTERS = {
     # One adapter, in as many files as it takes.
     "libp2p": {
         f"p2p/libp2p_{part}"
-        for part in ("admission", "control", "gossip", "host", "patches", "pnet", "setup", "stream", "muxer")
+        for part in ("admission", "control", "gossip", "host", "patches", "pnet", "routes", "setup", "stream", "muxer")
     },
     "sqlite3": {"state/sqlite"},
     "cbor2": {"core/codec"},

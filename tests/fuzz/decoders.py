@@ -22,6 +22,30 @@ from formation.p2p.frames import FrameDecoder
 from formation.p2p.kad_wire import Kind as Kademlia
 from formation.p2p.kad_wire import Message, MessageDecoder, Told, decode_address, encode_address, encode_message
 from formation.p2p.mdns_wire import decode_packet, encode_answer, encode_query, peers_in, service_name
+from formation.p2p.multiaddrs import decode_multiaddr, encode_multiaddr
+from formation.p2p.reach_messages import (
+    DialAnswer,
+    DialRequest,
+    HopKind,
+    HopMessage,
+    Limit,
+    PunchKind,
+    PunchMessage,
+    Reserved,
+    StopKind,
+    StopMessage,
+    decode_dial_answer,
+    decode_dial_request,
+    decode_hop,
+    decode_punch,
+    decode_stop,
+    encode_dial_answer,
+    encode_dial_request,
+    encode_hop,
+    encode_punch,
+    encode_stop,
+    observed_in_identify,
+)
 from formation.state import sync
 from formation.state.ack import parse_ack
 from formation.state.checkpoint import (
@@ -50,6 +74,9 @@ from tests.wire.state_values import ACCOUNT_ID, COMMITTEE, ENTRY, HLC, LANES, MA
 ROOT = TREE.root()
 MDNS_SERVICE = service_name(NETWORK_ID)
 KAD_TOLD = (Told(node_id=node_id_of(b"k" * 32), addresses=("/ip4/192.0.2.1/tcp/1", "/dns4/a.example/tcp/2")),)
+DIRECT = "/ip4/192.0.2.1/tcp/4700"
+CIRCUIT = f"{DIRECT}/p2p/{KAD_TOLD[0].node_id}/p2p-circuit"
+LIMIT = Limit(duration_s=3600, size_bytes=1 << 26)
 
 
 def _all_true(*_: object) -> bool:
@@ -98,6 +125,17 @@ def take_kad_stream(data: bytes) -> None:
     """What a Kademlia server and a walk do with a stranger's bytes: what is read can be written."""
     for message in MessageDecoder().feed(data):
         encode_message(message)
+
+
+def take_multiaddr(data: bytes) -> None:
+    """What is read of an address can be written."""
+    if (address := decode_multiaddr(data)) is not None:
+        encode_multiaddr(address)
+
+
+def take_hop(data: bytes) -> None:
+    """What a relay and its users do with each other's bytes."""
+    encode_hop(decode_hop(data))
 
 
 def take_mdns_packet(data: bytes) -> None:
@@ -181,6 +219,13 @@ DECODERS: Mapping[str, tuple[Callable[[bytes], Any], tuple[str, ...]]] = {
     "attach": (lambda data: decode(data, AttachRequest), ("ack",)),
     "kad stream": (take_kad_stream, ("kad message",)),
     "kad address": (decode_address, ("kad address",)),
+    "multiaddr": (take_multiaddr, ("circuit address", "kad address")),
+    "relay hop": (take_hop, ("hop connect", "hop reserved")),
+    "relay stop": (lambda data: encode_stop(decode_stop(data)), ("stop",)),
+    "dial request": (lambda data: encode_dial_request(decode_dial_request(data)), ("dial request",)),
+    "dial answer": (lambda data: encode_dial_answer(decode_dial_answer(data)), ("dial answer",)),
+    "punch": (lambda data: encode_punch(decode_punch(data)), ("punch",)),
+    "identify": (observed_in_identify, ("dial answer", "punch")),
     "mdns": (take_mdns_packet, ("mdns answer", "mdns query")),
     **{f"epoch_of {kind.name}": (partial(epoch_of, kind), ("final", "votes", "proposal led")) for kind in Kind},
     **{
@@ -218,6 +263,15 @@ SEEDS = {name: data for name, (_, data) in VALUES.items()} | {
     "kad address": encode_address("/ip6/2001:db8::1/tcp/4700"),
     "mdns answer": encode_answer(MDNS_SERVICE, "random", KAD_TOLD[0].node_id, KAD_TOLD[0].addresses),
     "mdns query": encode_query(MDNS_SERVICE),
+    "circuit address": encode_multiaddr(CIRCUIT),
+    "hop connect": encode_hop(HopMessage(kind=HopKind.CONNECT, peer=KAD_TOLD[0].node_id)),
+    "hop reserved": encode_hop(
+        HopMessage(kind=HopKind.STATUS, status=100, reserved=Reserved(expires_s=9, addresses=(CIRCUIT,)), limit=LIMIT)
+    ),
+    "stop": encode_stop(StopMessage(kind=StopKind.CONNECT, peer=KAD_TOLD[0].node_id, limit=LIMIT)),
+    "dial request": encode_dial_request(DialRequest(node_id=KAD_TOLD[0].node_id, addresses=(DIRECT, CIRCUIT))),
+    "dial answer": encode_dial_answer(DialAnswer(status=100, text="refused", address=DIRECT)),
+    "punch": encode_punch(PunchMessage(kind=PunchKind.CONNECT, addresses=(DIRECT,))),
 }
 CORPUS = tuple(data for _, data in VALUES.values() if len(data) < 4096)
 

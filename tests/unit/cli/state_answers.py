@@ -28,9 +28,32 @@ def answers() -> dict[str, Any]:
         "POST peers/n4/unban": peers()[2] | {"was_banned": False},
         "POST peers/n2/ping": {"node_id": NODE_2, "name": "n2", "latency_ms": 2.31},
         "POST peers/n3/ping": UnavailableError("n3 does not answer within 15 s", hint="formation peer show n3"),
+        "net": net() | {"verdict": "private", "is_reached": False, "relays": [], "relayed_peers": []},
+        "POST net/check": net(),
         f"ops/{op_id}": op(op_id),
         "ops/00112233": op(op_id, void="held by n2 since height 3"),
         "ops/44556677": op(op_id, level="observed"),
+    }
+
+
+def net() -> dict[str, Any]:
+    address = {"address": "/ip4/203.0.113.9/tcp/4700", "is_reachable": False, "ok_count": 0, "failed_count": 2}
+    family = {"family": "IPv4", "verdict": "private", "nat": "endpoint-independent", "is_punchable": True, "asked_count": 2}
+    return {
+        "verdict": "private",
+        "is_reached": True,
+        "listen": ["/ip4/0.0.0.0/tcp/4700"],
+        "families": [family | {"seen_as": [address["address"]], "addresses": [address | {"why": "no answer in time"}]}],
+        "relays": [{"node_id": NODE_2, "name": "n2", "addresses": [], "expires_in_s": 3540}],
+        "relay_refusals": [
+            {"node_id": f"12D3KooW{'D' * 43}4", "name": "n4", "why": "permission denied: it does not relay for us"}
+        ],
+        "relayed_peers": [{"node_id": f"12D3KooW{'C' * 43}3", "name": "n3", "why": "being tried"}],
+        "silent_peers": [{"node_id": f"12D3KooW{'D' * 43}4", "name": "n4", "why": "does not dial back: asked too often"}],
+        "answers_in_kademlia": False,
+        "serves_as_relay": False,
+        "checked_ago_s": 0.1,
+        "advice": "forward TCP port 4700",
     }
 
 

@@ -293,6 +293,7 @@ def _settings(name: str, folder: Path) -> NodeSettings:
         kademlia="auto",
         mdns=False,
         roles=(),
+        relay="auto",
         public_address="127.0.0.1",
         api_socket=folder / "node.sock",
         api_tcp="",

@@ -153,6 +153,7 @@ def make_settings(folder: Path, *, key: KeyPair = VOTER, **changes: Any) -> Node
         "kademlia": "auto",
         "mdns": False,
         "roles": (),
+        "relay": "auto",
         "public_address": "127.0.0.1",
         "api_socket": folder / "run" / "node.sock",
         "api_tcp": "",

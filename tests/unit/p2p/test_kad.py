@@ -81,6 +81,21 @@ async def test_the_mode_follows_reachability(autojump_clock: MockClock) -> None:
     assert make(network, 3, mode="client").is_kad_server is False
 
 
+async def test_a_peer_that_moved_is_told_with_where_it_is_now(autojump_clock: MockClock) -> None:
+    """Though it answers no more, because it is reached through a relay only by now."""
+    network = LoopbackNetwork(1)
+    a, b = make(network, 0), make(network, 1, 0)
+    circuit = f"/ip4/192.0.2.1/tcp/4700/p2p/{IDS[2]}/p2p-circuit"
+    async with running(a, b):
+        await until(lambda: IDS[1] in table(a))
+        b.set_reachable(False)
+        a._transport.told_addresses = lambda node_id: (circuit,)  # type: ignore[method-assign]
+        question = Message(kind=Kind.FIND_NODE, key=peer_id_bytes(IDS[1]))
+        answer = a._kad._answer(IDS[2], question)
+        assert answer is not None
+        assert [told.addresses for told in answer.closer if told.node_id == IDS[1]] == [(address_of(IDS[1]), circuit)]
+
+
 async def test_networks_have_tables_of_their_own(autojump_clock: MockClock) -> None:
     """Connected, and strangers all the same."""
     network = LoopbackNetwork(1)

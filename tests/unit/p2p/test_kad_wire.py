@@ -24,6 +24,7 @@ from formation.p2p.kad_wire import (
 
 IDS = [KeyPair(index.to_bytes(32, "big")).node_id for index in range(1, 60)]
 ADDRESSES = ["/ip4/192.0.2.1/tcp/4700", "/ip6/2001:db8::1/tcp/1", "/dns4/node.example/tcp/65535", "/memory/abc"]
+ADDRESSES.append(f"{ADDRESSES[0]}/p2p/{IDS[0]}/p2p-circuit")
 
 
 def test_the_bytes_are_those_of_the_specification() -> None:
@@ -81,7 +82,9 @@ def test_no_more_is_taken_than_a_correct_peer_sends() -> None:
     ("data", "text"),
     [
         ("047f000001060fa1", "/ip4/127.0.0.1/tcp/4001"),
-        ("047f000001060fa1a5030131", "/ip4/127.0.0.1/tcp/4001"),  # /p2p/…
+        ("047f000001060fa1a50326" + peer_id_bytes(IDS[0]).hex(), "/ip4/127.0.0.1/tcp/4001"),  # /p2p/…
+        ("047f000001060fa1a5030131", None),  # /p2p/ of another kind of key: not one of ours
+        ("047f000001060fa1a203", None),  # /p2p-circuit of no relay
         ("047f000001060fa1dd03", None),  # /ws
         ("047f000001910200", None),  # /udp
         ("0400000000060fa1", None),  # dials nothing
