@@ -137,6 +137,17 @@ def test_a_vm_outlives_its_node_and_never_runs_twice(formation: Commands) -> Non
         assert sampler.most == 1, "it ran twice at a time"
         assert len(sampler.pids) == 2, "it was started once"
         assert set(sampler.pids[:1]) == before
+    # Drained, its node gives it away at once, long before a lease would end.
+    vm = formation.json("vm", "show", "web")
+    victim = holder(formation, vm)
+    with watched(vm_id) as sampler:
+        drained = formation("drain", node=victim)
+        assert "web moves" in drained.stderr
+        assert formation.json("vm", "show", "web")["node"] != victim.name
+        wait_for(partial(runs_elsewhere, formation, victim, victim.name), what=f"web left {victim.name}")
+    assert sampler.most == 1
+    assert "is draining" in formation("vm", "why", "web").stdout
+    formation("uncordon", node=victim)
     # What shall not move has not.
     wait_for(lambda: formation.json("vm", "show", "stays")["phase"] in ("running", "failed"), what="stays is where it was")
     assert "waits for its node" in formation("vm", "show", "stays").stdout
