@@ -56,10 +56,10 @@ def test_stream_counts_what_the_other_side_read() -> None:
 
 @pytest.mark.skipif(p2p_slow_line.missing_reason() is not None, reason=str(p2p_slow_line.missing_reason()))
 def test_questions_are_asked_on_a_slow_line_while_others_pour() -> None:
-    """In a namespace that is gone afterwards; what was poured arrived, at no more than the line carries."""
+    """In a namespace that is gone afterwards; what was poured arrived, at what the line carries, and its bucket."""
     samples = p2p_slow_line.measure(p2p_slow_line.SMALL)
     carried = samples["beside 2 streams: what they carried together; MB/s", OURS]
-    assert 0 < carried[0] <= 1.05 * p2p_slow_line.LINE_MBIT_PER_S / 8
+    assert 0 < carried[0] <= 1.25 * p2p_slow_line.LINE_MBIT_PER_S / 8
     assert samples["beside 2 streams: p50; ms", OURS][0] > 0
     listing = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert f"fmnslow{os.getpid()}" not in listing

@@ -186,7 +186,7 @@ export const commands = {
   async advertise ({ name }) {
     const capacity = new Map([['vcpus', 0], ['memory_mib', 0], ['disk_gib', 0]])
     const addresses = node.getMultiaddrs().map(String)
-    const fields = { name, addresses, public_address: '', hypervisor: 'none', version: 'js', capacity }
+    const fields = { name, addresses, public_address: '', hypervisor: 'none', version: 'js', capacity, cordon: 'open', labels: new Map() }
     const body = new Map(Object.entries(fields))
     return await publish('node', ['C', 'node.advertised', node.peerId.toString(), body, null, null])
   },

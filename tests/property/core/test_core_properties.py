@@ -39,7 +39,7 @@ from formation.core.ids import (
 from formation.core.intent import Intent, parse_intent, sign_intent
 from formation.core.keys import KeyPair, read_key_file, write_key_file
 from formation.core.manifest import found_network, read_manifest
-from formation.core.spec import Desired, PortMap, Resources
+from formation.core.spec import Cordon, Desired, PortMap, Resources, Restart
 from formation.core.units import GIB, KIB, MIB, format_duration, format_size, parse_duration_s, parse_size_bytes
 
 NETWORK = NetworkId(b"\x11" * 32)
@@ -58,6 +58,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "bool": st.booleans(),
     "Resources": st.from_type(Resources),
     "Desired": st.sampled_from(Desired),
+    "Restart": st.sampled_from(Restart),
+    "Cordon": st.sampled_from(Cordon),
     "dict[str, str]": st.dictionaries(TEXTS, TEXTS, max_size=5),
     "tuple[str, ...]": st.lists(TEXTS, max_size=5).map(tuple),
     "tuple[PortMap, ...]": st.lists(st.from_type(PortMap), max_size=5).map(tuple),

@@ -45,6 +45,9 @@ class NoPeers:
     def serve_stream(self, *_: Any, **__: Any) -> None:
         """Nobody asks."""
 
+    def provide(self, _: bytes) -> None:
+        """Nobody looks for it."""
+
 
 @dataclass
 class Machine:
