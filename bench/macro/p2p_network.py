@@ -16,13 +16,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.macro.state_network import CannotMeasureError
+
+S = TypeVar("S")
 
 OURS, JS = "ours", "js"
 # Ours, with streams that are all alike.
@@ -250,6 +252,16 @@ def moved_bytes(pid: int) -> int | None:
     listing = subprocess.run(["ss", "-tinpHO"], capture_output=True, text=True, check=True).stdout
     lines = [line for line in listing.splitlines() if f"pid={pid}," in line]
     return sum(int(number) for line in lines for number in re.findall(r"\bbytes_(?:sent|received):(\d+)", line))
+
+
+def take_turns(rounds: int, subjects: Sequence[S], run: Callable[[S], None], name_of: Callable[[S], str]) -> None:
+    """Run each so often, in one order and back in turn; what cannot be measured is said and left out."""
+    for number in range(rounds):
+        for subject in subjects if number % 2 == 0 else subjects[::-1]:
+            try:
+                run(subject)
+            except CannotMeasureError as exc:
+                print(f"  {name_of(subject)}, round {number + 1} not measured to its end: {exc}")
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from bench.macro.p2p_network import JS, OURS, UNORDERED, connect, percentile, present_kinds, running_peers
+from bench.macro.p2p_network import JS, OURS, UNORDERED, connect, percentile, present_kinds, running_peers, take_turns
 from bench.macro.p2p_stream import QUESTION_SIZE_BYTES
 from bench.macro.state_network import CannotMeasureError
 from bench.report import header, row
@@ -94,12 +94,7 @@ def measure(plan: Plan) -> Samples:
         print(f"  not measured: {reason}")
         return samples
     kinds = present_kinds((OURS, UNORDERED, JS))
-    for number in range(plan.rounds):
-        for kind in kinds if number % 2 == 0 else kinds[::-1]:
-            try:
-                _run(plan, kind, samples)
-            except CannotMeasureError as exc:
-                print(f"  {kind}, round {number + 1} not measured to its end: {exc}")
+    take_turns(plan.rounds, kinds, lambda kind: _run(plan, kind, samples), str)
     _tell(samples)
     return samples
 

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.macro.p2p_network import JS, OURS, connect, percentile, present_kinds, running_peers
+from bench.macro.p2p_network import JS, OURS, connect, percentile, present_kinds, running_peers, take_turns
 from bench.macro.state_network import CannotMeasureError, cpu_s
 from bench.report import header, row
 
@@ -52,12 +52,7 @@ def measure(plan: Plan) -> Samples:
     pairs = [(one, other) for one in kinds for other in kinds]
     # Those of one kind first, for their ratio is what is asked for: they stand side by side in time.
     pairs.sort(key=lambda pair: pair[0] != pair[1])
-    for number in range(plan.rounds):
-        for pair in pairs if number % 2 == 0 else pairs[::-1]:
-            try:
-                _run(plan, pair, samples)
-            except CannotMeasureError as exc:
-                print(f"  {pair[0]} → {pair[1]}, round {number + 1} not measured to its end: {exc}")
+    take_turns(plan.rounds, pairs, lambda pair: _run(plan, pair, samples), " → ".join)
     _tell(samples)
     return samples
 

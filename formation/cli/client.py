@@ -99,17 +99,18 @@ class Client:
 
     def post_intent(self, raw: bytes) -> dict[str, Any]:
         """Hand over a signed intent (COSE bytes); returns when it is certified. Sending it twice is sending it once."""
-        headers = {"Content-Type": "application/cose"}
-        with self._request("POST", "/v1/intents", body=raw, headers=headers, timeout_s=INTENT_TIMEOUT_S) as response:
-            answer = self._json(response)
+        answer = self._post_wish("/v1/intents", raw)
         if not isinstance(answer, dict) or not isinstance(answer.get("object_id"), str):
             raise self._nonsense("the answer to an intent names no object")
         return answer
 
     def ask_placement(self, raw: bytes) -> Any:
         """Where the VM of a signed intent (COSE bytes) would go; nothing is asked for."""
+        return self._post_wish("/v1/placement", raw)
+
+    def _post_wish(self, path: str, raw: bytes) -> Any:
         headers = {"Content-Type": "application/cose"}
-        with self._request("POST", "/v1/placement", body=raw, headers=headers, timeout_s=INTENT_TIMEOUT_S) as response:
+        with self._request("POST", path, body=raw, headers=headers, timeout_s=INTENT_TIMEOUT_S) as response:
             return self._json(response)
 
     def post_json(self, path: str, value: Any) -> Any:

@@ -54,12 +54,8 @@ def list_peers(
     role: Annotated[str, typer.Option("--role", metavar="ROLE", help="Those that say that they have it: gpu, ingress, …")] = "",
 ) -> None:
     """Show known and connected peers, and those that something is held against."""
-    if role:
-        empty = f"No peer says that it has the role {role}."
-        peers = cli.client.rows("/v1/peers", "peers", {"role": role})
-    else:
-        empty = "No peers."
-        peers = cli.client.rows("/v1/peers", "peers")
+    peers = cli.client.rows("/v1/peers", "peers", {"role": role} if role else None)
+    empty = f"No peer says that it has the role {role}." if role else "No peers."
     cli.out.rows(peers, LIST_COLUMNS, name="node_id", empty=empty)
     if cli.out.is_for_people and peers:
         connected_count = sum(bool(peer["connected"]) for peer in peers)

@@ -182,12 +182,9 @@ class _Wanted:
           UsageError: names the flag.
         """
         from formation.core.ids import check_label
-        from formation.core.spec import check_labels
+        from formation.core.spec import parse_labels
 
-        for text in require:
-            if "=" not in text:
-                raise UsageError(f"--require: {text[:80]!r} is not a label", hint="write NAME=VALUE, such as region=eu")
-        self._require = check_labels(dict(text.split("=", 1) for text in require), what="--require")
+        self._require = parse_labels(require, what="--require")
         self._apart = check_label(apart, what="--apart") if apart else ""
         self._spread = check_label(spread, what="--spread") if spread else ""
 
@@ -198,7 +195,7 @@ class _Wanted:
           UsageError: no node would accept it.
         """
         from formation.core.event import VmRequested
-        from formation.core.spec import Desired, VmSpec, check_vm_spec
+        from formation.core.spec import Desired, check_vm_spec
 
         defaults = image.get("resources") or {}
         image_name = str(image.get("name") or "vm")
@@ -218,8 +215,9 @@ class _Wanted:
             "spread": self._spread,
             "desired": Desired.STOPPED if self._no_start else Desired.RUNNING,
         }
-        check_vm_spec(VmSpec(**fields))
-        return VmRequested(**fields)
+        request = VmRequested(**fields)
+        check_vm_spec(request.spec)
+        return request
 
     def _ports(self, image: Mapping[str, Any]) -> tuple[PortMap, ...]:
         from formation.core.spec import PortMap

@@ -35,7 +35,7 @@ import msgspec
 from formation.core.codec import decode, encode
 from formation.core.errors import DecodeError
 from formation.core.grants import Role
-from formation.core.spec import FAILOVER_S_DEFAULT, Cordon, Desired, PortMap, Resources, Restart, VmPhase
+from formation.core.spec import FAILOVER_S_DEFAULT, Cordon, Desired, PortMap, Resources, Restart, VmPhase, VmSpec
 
 # An operation body; a record field that needs more belongs into a blob (design/state section 2).
 BODY_SIZE_MAX_BYTES = 64 * 1024
@@ -232,6 +232,11 @@ class VmRequested(Event, frozen=True, kw_only=True):
     spread: str = ""
     desired: Desired = Desired.RUNNING
     generation: int = 0
+
+    @property
+    def spec(self) -> VmSpec:
+        """What is asked for, unchecked: its fields with their types, not the plain ones of the wire."""
+        return VmSpec(**{name: getattr(self, name) for name in self.__struct_fields__})
 
 
 class VmDesired(Event, frozen=True, kw_only=True):

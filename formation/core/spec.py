@@ -7,7 +7,7 @@ share a field.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -283,6 +283,21 @@ def check_labels(labels: Mapping[str, str], *, what: str) -> dict[str, str]:
                 f"{what}: {key}={value[:80]!r} is not a label", hint=f"1 to {LABEL_VALUE_LENGTH_MAX} of a-z, A-Z, 0-9 and ._/-"
             )
     return dict(labels)
+
+
+def parse_labels(texts: Iterable[str], *, what: str) -> dict[str, str]:
+    """Labels as people write them, `NAME=VALUE` each; of one name the last counts.
+
+    Raises:
+      UsageError: names `what` and the text.
+    """
+    labels: dict[str, str] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise UsageError(f"{what}: {text[:80]!r} is not a label", hint="write NAME=VALUE, such as region=eu")
+        labels[name] = value
+    return check_labels(labels, what=what)
 
 
 def _check_ranges(spec: VmSpec) -> None:

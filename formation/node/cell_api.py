@@ -18,7 +18,7 @@ from formation.core.ids import check_label, node_id_of, public_key_of_account
 from formation.core.manifest import Manifest, parse_manifest
 from formation.node.door import Door
 from formation.node.reads import Reads
-from formation.node.state_api import Answer, Ask, StateRoute, json_object
+from formation.node.state_api import Answer, Ask, StateRoute, check_local, json_object
 from formation.node.state_reads import parse_seat, seat_text
 from formation.node.stream import json_fields
 from formation.state.cell_reader import (
@@ -252,8 +252,7 @@ class CellApi:
           ConflictError: it has no effect; says why.
           QuorumError: written, and not final in time.
         """
-        if not ask.is_local:
-            raise DeniedError("the root is named on the voter's own machine", hint="run the command there")
+        check_local(ask, "the root is named on the voter's own machine", hint="run the command there")
         if not self._reads.state.status().is_voter:
             raise DeniedError("this node does not vote, so it has no word in this", hint="formation voter list")
         wish = json_object(ask.body)

@@ -20,10 +20,10 @@ import trio
 from formation.core.clock import NS_PER_MS
 from formation.core.codec import decode, encode, verify_ed25519
 from formation.core.errors import ConflictError, DecodeError, NotFoundError, QuorumError, UnavailableError, UsageError
-from formation.core.event import Event, OpClass, VmDesired, VmRequested, event_fields, parse_event
+from formation.core.event import Event, OpClass, VmDesired, VmRequested, parse_event
 from formation.core.ids import NodeId, TraceId, trace_id_of, vm_id_of
 from formation.core.intent import SignedIntent, check_intent, parse_intent
-from formation.core.spec import Desired, VmPhase, VmRecord, VmSpec, check_vm_spec
+from formation.core.spec import Desired, VmPhase, VmRecord, check_vm_spec
 from formation.node.reads import Reads
 from formation.p2p.service import P2pService
 from formation.state.service import Level, Token
@@ -133,8 +133,7 @@ class Door:
             trace_id = TraceId(vm.trace_id) if vm else trace_id_of(wish.digest)
             return wish.intent.object_id or wish.account_id, trace_id, level_of(event)
         vm_id = vm_id_of(wish.digest)
-        # The event's values with their types, not the plain ones of the wire.
-        spec = check_vm_spec(VmSpec(**{name: getattr(event, name) for name in event_fields(event)}))
+        spec = check_vm_spec(event.spec)
         for vm in view.vms():
             if vm.owner == wish.account_id and vm.spec.name == spec.name and vm.vm_id != vm_id:
                 raise ConflictError(

@@ -10,10 +10,10 @@ from typing import Any
 
 import trio
 
-from formation.core.errors import DeniedError, NotFoundError, UnavailableError, UsageError
+from formation.core.errors import NotFoundError, UnavailableError, UsageError
 from formation.core.ids import NodeId, check_label, pick_by_name_or_prefix, public_key_of_node
 from formation.node.reads import Reads
-from formation.node.state_api import Answer, Ask, StateRoute
+from formation.node.state_api import Answer, Ask, StateRoute, check_local
 from formation.p2p.kad_wire import role_key
 from formation.p2p.service import PeerState
 
@@ -148,7 +148,4 @@ class PeerApi:
 
 
 def _check_operator(ask: Ask) -> None:
-    if not ask.is_local:
-        raise DeniedError(
-            "who is let in is decided on the node's own machine", hint="run the command there; --host takes its socket"
-        )
+    check_local(ask, "who is let in is decided on the node's own machine")

@@ -7,13 +7,13 @@ from typing import Any
 import msgspec
 import trio
 
-from formation.core.errors import DecodeError, DeniedError, QuorumError, UsageError
-from formation.core.event import NodeAdvertised, VmRequested, event_fields, parse_event
+from formation.core.errors import DecodeError, QuorumError, UsageError
+from formation.core.event import NodeAdvertised, VmRequested, parse_event
 from formation.core.ids import vm_id_of
 from formation.core.intent import parse_intent
 from formation.core.spec import Cordon, VmSpec, check_vm_spec
 from formation.node.reads import Reads
-from formation.node.state_api import Answer, Ask, StateRoute
+from formation.node.state_api import Answer, Ask, StateRoute, check_local
 from formation.state.feed import Level
 
 # With a quorum it takes milliseconds.
@@ -65,7 +65,7 @@ class PlacementApi:
             raise UsageError(f"not an intent: {exc.message}", hint="schemas/core.cddl says what one is") from exc
         if not isinstance(event, VmRequested):
             raise UsageError(f"{event.verb} asks for no VM", hint="sign a vm.requested")
-        spec = check_vm_spec(VmSpec(**{name: getattr(event, name) for name in event_fields(event)}))
+        spec = check_vm_spec(event.spec)
         vm_id = vm_id_of(wish.digest)
         return {"vm_id": vm_id, "name": spec.name, **self._explained(vm_id, wish.account_id, spec)}
 
@@ -78,8 +78,7 @@ class PlacementApi:
           HostError: it cannot be written down.
           QuorumError: done here, and the network not told yet.
         """
-        if not ask.is_local:
-            raise DeniedError("which VMs a node takes is decided on its own machine", hint="ask by its unix socket")
+        check_local(ask, "which VMs a node takes is decided on its own machine", hint="ask by its unix socket")
         try:
             cordon = msgspec.json.decode(ask.body, type=_CordonWish).cordon
         except msgspec.MsgspecError as exc:

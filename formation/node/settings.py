@@ -13,7 +13,7 @@ from typing import Any, Literal
 from formation.core.config import Value, check_socket_path
 from formation.core.errors import HostError, UsageError
 from formation.core.ids import AccountId, NodeId, check_label, public_key_of_account, public_key_of_node
-from formation.core.spec import Resources, check_labels
+from formation.core.spec import Resources, parse_labels
 from formation.core.units import GIB, MIB
 from formation.p2p.kad import KadMode
 
@@ -137,10 +137,7 @@ def _kad_mode(value: object) -> KadMode:
 
 def _labels(value: object) -> dict[str, str]:
     assert isinstance(value, list)
-    for text in value:
-        if "=" not in text:
-            raise UsageError(f"node.labels: {text[:80]!r} is not a label", hint="write NAME=VALUE, such as region=eu")
-    return check_labels(dict(text.split("=", 1) for text in value), what="node.labels")
+    return parse_labels(value, what="node.labels")
 
 
 def _roles(value: object) -> tuple[str, ...]:

@@ -63,6 +63,16 @@ class Ask:
     """It came by the unix socket: this node's operator asks."""
 
 
+def check_local(ask: Ask, refusal: str, *, hint: str = "run the command there; --host takes its socket") -> None:
+    """Go on only for this node's operator.
+
+    Raises:
+      DeniedError: it did not come by the unix socket; `refusal` says what is not given.
+    """
+    if not ask.is_local:
+        raise DeniedError(refusal, hint=hint)
+
+
 @dataclass(frozen=True, slots=True)
 class Download:
     """A file that is sent piece by piece."""
@@ -257,8 +267,7 @@ class StateApi:
         return self._shown.voters()
 
     def _check_operator(self, ask: Ask, refusal: str) -> None:
-        if not ask.is_local:
-            raise DeniedError(refusal, hint="run the command there; --host takes its socket")
+        check_local(ask, refusal)
         if not self._state.status().is_voter:
             raise DeniedError(
                 "this node does not vote, so it has no word in this", hint="run it on a voter: formation voter list"

@@ -23,13 +23,18 @@ async def receive_frame(stream: ByteStream, *, size_max_bytes: int) -> bytes:
       DecodeError: it is longer than allowed.
       UnavailableError: the stream broke or ended before the frame did.
     """
-    size = int.from_bytes(await _receive_exactly(stream, LENGTH_SIZE_BYTES), "big")
+    size = int.from_bytes(await receive_exactly(stream, LENGTH_SIZE_BYTES), "big")
     if size > size_max_bytes:
         raise DecodeError(f"a frame of {size} bytes, the limit is {size_max_bytes}")
-    return await _receive_exactly(stream, size)
+    return await receive_exactly(stream, size)
 
 
-async def _receive_exactly(stream: ByteStream, size_bytes: int) -> bytes:
+async def receive_exactly(stream: ByteStream, size_bytes: int) -> bytes:
+    """So many bytes; nothing behind them is read.
+
+    Raises:
+      UnavailableError: the stream broke or ended before.
+    """
     data = bytearray()
     while len(data) < size_bytes:
         chunk = await stream.receive_some(size_bytes - len(data))

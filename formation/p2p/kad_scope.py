@@ -18,11 +18,11 @@ two tables for that, one of public addresses and one of a LAN's.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable
 from enum import IntEnum
 from functools import lru_cache
 
+from formation.p2p.multiaddrs import ip_of
 from formation.p2p.peer_book import is_dialable, prefix_of
 
 _CACHED_ADDRESS_COUNT = 8192
@@ -44,11 +44,9 @@ def scope_of(address: str) -> Scope:
     if kind == "memory":
         return Scope.MACHINE
     try:
-        ip = ipaddress.ip_address(host)
+        ip = ip_of(host)
     except ValueError:
         return Scope.PUBLIC
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
     if ip.is_loopback:
         return Scope.MACHINE
     if ip.is_link_local:

@@ -76,7 +76,7 @@ def is_direct(address: str) -> bool:
 
 def address_of(host: str, port: int) -> str:
     """The multiaddr of an IP address and a TCP port."""
-    ip = _ip(host)
+    ip = ip_of(host)
     return f"/ip{ip.version}/{ip}/tcp/{port}"
 
 
@@ -85,7 +85,7 @@ def endpoint_of(address: str) -> tuple[str, int] | None:
     if not is_direct(address):
         return None
     _, kind, host, _, port = address.split("/")
-    return (str(_ip(host)), int(port)) if kind in ("ip4", "ip6") else None
+    return (str(ip_of(host)), int(port)) if kind in ("ip4", "ip6") else None
 
 
 def family_of(address: str) -> int:
@@ -102,7 +102,7 @@ class Scope:
 
 def scope_of(host: str) -> int:
     """Whether an IP address is of this host only, of a site (private, link-local, a carrier's NAT), or of the world."""
-    ip = _ip(host)
+    ip = ip_of(host)
     if ip.is_loopback:
         return Scope.HOST
     is_site = any(ip in network for network in (*_NOT_PUBLIC, _SHARED) if network.version == ip.version)
@@ -112,12 +112,17 @@ def scope_of(host: str) -> int:
 def same_ip(one: str, other: str) -> bool:
     """Whether two texts are the same IP address; IPv4 inside IPv6 counts as IPv4."""
     try:
-        return _ip(one) == _ip(other)
+        return ip_of(one) == ip_of(other)
     except ValueError:
         return False
 
 
-def _ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def ip_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address of a text, without its zone; IPv4 inside IPv6 counts as IPv4.
+
+    Raises:
+      ValueError: it is none.
+    """
     ip = ipaddress.ip_address(host.partition("%")[0])
     return ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None else ip
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeVar
 
-from formation.core.errors import DecodeError, UnavailableError, UsageError
+from formation.core.errors import DecodeError, UsageError
 from formation.core.ids import NodeId, node_id_from_bytes, peer_id_bytes
+from formation.p2p.framing import receive_exactly
 from formation.p2p.multiaddrs import decode_multiaddr, encode_multiaddr
 from formation.p2p.protobuf import all_bytes_of, bytes_of, decode_fields, decode_varint, encode_fields, encode_varint, varint_of
 from formation.p2p.transport import ByteStream
@@ -353,21 +354,11 @@ async def receive_message(stream: ByteStream, *, size_max_bytes: int = MESSAGE_S
         # Three bytes hold lengths of up to 2 MiB.
         if len(prefix) == 3:
             raise DecodeError("a message whose length is no length")
-        prefix += await _receive_exactly(stream, 1)
+        prefix += await receive_exactly(stream, 1)
     size, _ = decode_varint(bytes(prefix))
     if size > size_max_bytes:
         raise DecodeError(f"a message of {size} bytes, the limit is {size_max_bytes}")
-    return await _receive_exactly(stream, size)
-
-
-async def _receive_exactly(stream: ByteStream, size_bytes: int) -> bytes:
-    data = bytearray()
-    while len(data) < size_bytes:
-        chunk = await stream.receive_some(size_bytes - len(data))
-        if not chunk:
-            raise UnavailableError("the other node closed the stream", hint="try again")
-        data += chunk
-    return bytes(data)
+    return await receive_exactly(stream, size)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

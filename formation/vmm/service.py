@@ -65,6 +65,14 @@ _RESTING = (VmPhase.STOPPED, VmPhase.FAILED)
 _LOST_REASON = "its hypervisor process was gone when this node came back"
 
 
+def _is_movable(record: VmRecord) -> bool:
+    """Whether a VM is to run, and its owner lets it go to another node."""
+    if not record.spec.failover_s or record.spec.desired is not Desired.RUNNING:
+        return False
+    # What has stopped or failed in this generation rests until its owner wishes anew.
+    return record.status.generation != record.spec.generation or record.status.phase not in _RESTING
+
+
 def _read_cordon(path: Path) -> Cordon:
     try:
         return Cordon(path.read_text())
@@ -347,19 +355,12 @@ class VmmService:
 
     def _is_leaving(self, record: VmRecord) -> bool:
         """Whether a VM that this node holds shall go: it is drained, the owner lets it move, and there is a place for it."""
-        if self._cordon is not Cordon.DRAINING or not record.spec.failover_s or record.spec.desired is not Desired.RUNNING:
-            return False
-        if record.status.generation == record.spec.generation and record.status.phase in _RESTING:
-            return False
-        return self._decide(record).node_id is not None
+        return self._cordon is Cordon.DRAINING and _is_movable(record) and self._decide(record).node_id is not None
 
     def _is_lost(self, record: VmRecord) -> bool:
         """Whether another node may start a VM: its lease is over, its node gone, and its owner does not want to wait for it."""
-        placement, spec = record.placement, record.spec
-        if placement is None or not spec.failover_s or spec.desired is not Desired.RUNNING:
-            return False
-        if record.status.generation == spec.generation and record.status.phase in _RESTING:
-            # It rests until its owner wishes anew.
+        placement = record.placement
+        if placement is None or not _is_movable(record):
             return False
         holder = self._state.view.node(placement.node_id)
         if not placement.expires_ms and holder is not None and holder.cordon is Cordon.DRAINING:
@@ -377,9 +378,11 @@ class VmmService:
             log.error("vm.lease_not_written", vm_id=vm_id, error=exc.message)
 
     def _live_nodes(self) -> list[NodeRecord]:
-        nodes = self._state.view.nodes()
-        ours = [msgspec.structs.replace(n, cordon=self._cordon) for n in nodes if n.node_id == self._node_id]
-        return ours + [n for n in nodes if n.node_id != self._node_id and self._is_live(NodeId(n.node_id))]
+        live = [node for node in self._state.view.nodes() if self._is_up(node.node_id)]
+        return [msgspec.structs.replace(n, cordon=self._cordon) if n.node_id == self._node_id else n for n in live]
+
+    def _is_up(self, node_id: str) -> bool:
+        return node_id == self._node_id or self._is_live(NodeId(node_id))
 
     def _promises(self, *, but: str = "") -> dict[str, Resources]:
         """What each node promised: by the view, and by our claims under way (but that for one VM)."""
@@ -441,21 +444,20 @@ class VmmService:
         """Have a second copy of each image that a VM would need elsewhere: a node that is lost may be the only one with it."""
         if self._sparing is not None or self._nursery is None or not self.hypervisor_name:
             return
+        now_s = trio.current_time()
+        self._spare_at = {digest: at_s for digest, at_s in self._spare_at.items() if at_s > now_s}
         hosts = [node.node_id for node in self._live_nodes() if node.hypervisor]
         for digest in sorted({vm.spec.image for vm in vms if vm.spec.failover_s and vm.placement is not None}):
             image = self._state.view.image(digest)
-            if image is None or trio.current_time() < self._spare_at.get(digest, 0.0):
+            if image is None or digest in self._spare_at:
                 continue
-            holders = sorted(holder for holder in image.holders if self._is_holder_live(holder))
+            holders = sorted(holder for holder in image.holders if self._is_up(holder))
             others = [node_id for node_id in hosts if node_id not in holders]
             if len(holders) != 1 or not others or max(others, key=partial(weight, digest)) != self._node_id:
                 continue
             self._sparing = digest
             self._nursery.start_soon(self._spare, digest, NodeId(holders[0]))
             return
-
-    def _is_holder_live(self, node_id: str) -> bool:
-        return node_id == self._node_id or self._is_live(NodeId(node_id))
 
     async def _spare(self, digest: str, holder: NodeId) -> None:
         try:
